@@ -1,0 +1,46 @@
+"""Entry point of the command `halfbyte`.
+
+Heavy imports (torch, transformers) happen inside the subcommands, so that help is instant.
+"""
+
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli import demo, finetune, info
+
+app = typer.Typer(
+    help="4-bit QLoRA fine-tuning with native kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import halfbyte
+
+        typer.echo(f"halfbyte {halfbyte.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """4-bit QLoRA fine-tuning with native kernels."""
+
+
+app.command("finetune")(finetune.command)
+app.command("info")(info.command)
+app.command("demo")(demo.command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

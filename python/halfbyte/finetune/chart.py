@@ -1,0 +1,84 @@
+"""The loss curve of a run as a PNG."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot, ticker  # noqa: E402
+
+from halfbyte.finetune.metrics import EvalRecord, StepRecord  # noqa: E402
+
+TRAIN, HELD_OUT, INK, GRID = "#3b6fb6", "#c8502d", "#222222", "#e3e3e3"
+
+
+def draw_loss_curve(
+    path: Path, title: str, steps: list[StepRecord], evals: list[EvalRecord]
+) -> None:
+    """Draw training loss (each step, and smoothed) and held-out loss over optimizer steps."""
+    with pyplot.rc_context({"font.size": 10, "axes.edgecolor": "#888888", "text.color": INK}):
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
+        x = [record.step for record in steps]
+        y = [record.loss for record in steps]
+        axes.plot(x, y, color=TRAIN, alpha=0.3, linewidth=1, marker="." if len(x) < 3 else None)
+        axes.plot(x, smooth(y), color=TRAIN, linewidth=2, label="training (smoothed)")
+        if evals:
+            _draw_held_out(axes, evals)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss (nats per completion token)")
+        last = max(x, default=1)
+        axes.set_xlim(-0.02 * last, (1.1 if evals else 1.02) * last)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        _limit_loss_axis(axes, y, [record.loss for record in evals])
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper right")
+        figure.savefig(path, format="png")
+        pyplot.close(figure)
+
+
+def smooth(values: list[float], memory: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start: m_t / (1 - memory^t)."""
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average = memory * average + (1 - memory) * value
+        weight = memory * weight + (1 - memory)
+        result.append(average / weight)
+    return result
+
+
+def _draw_held_out(axes: pyplot.Axes, evals: list[EvalRecord]) -> None:
+    """Points where it was measured, joined only if there are more than the two ends."""
+    axes.plot(
+        [record.step for record in evals],
+        [record.loss for record in evals],
+        color=HELD_OUT,
+        linewidth=1.5,
+        linestyle="--" if len(evals) > 2 else "none",
+        marker="o",
+        markersize=7,
+        label="held-out",
+        zorder=3,
+    )
+    for record in (evals[0], evals[-1]):
+        axes.annotate(
+            f"{record.loss:.3f}",
+            (record.step, record.loss),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=HELD_OUT,
+            fontweight="bold",
+        )
+
+
+def _limit_loss_axis(axes: pyplot.Axes, train: list[float], held_out: list[float]) -> None:
+    """Show all held-out points and all but the wildest training steps."""
+    ordered = sorted(train)
+    low = min(ordered[len(ordered) // 100], *held_out, max(ordered))
+    high = max(ordered[len(ordered) * 99 // 100], *held_out, min(ordered))
+    margin = 0.12 * (high - low) or 0.1
+    axes.set_ylim(max(0.0, low - margin), high + margin)

@@ -1,0 +1,305 @@
+"""One fine-tuning run, from settings to files.
+
+check    everything that can be wrong, before a weight is read (plan.py)
+load     the base in 16 or 32 bits, packed to 4 bits layer by layer; LoRA by PEFT
+train    held-out loss and a sample answer; TRL's loop with halfbyte's 8-bit AdamW; again
+write    adapter/ (PEFT's format), metrics.jsonl, loss.png, config.yaml, run.json (last)
+"""
+
+import contextlib
+import dataclasses
+import logging
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import peft
+import torch
+import transformers
+import trl
+import yaml
+from peft import LoraConfig, PeftModel
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+
+import halfbyte
+from halfbyte.finetune import base as bases
+from halfbyte.finetune.chart import draw_loss_curve
+from halfbyte.finetune.config import FinetuneConfig
+from halfbyte.finetune.encode import (
+    EncodedRows,
+    Sample,
+    render_prompt,
+)
+from halfbyte.finetune.files import replace_file, replace_folder, write_json, write_text
+from halfbyte.finetune.metrics import EvalRecord, MetricsLog, peak_rss_bytes
+from halfbyte.finetune.plan import RESULT_FILES, Plan, check
+from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
+from halfbyte.finetune.trainer import CompletionTrainer, MetricsCallback
+from halfbyte.integrations import peft as peft_bridge
+from halfbyte.optim import AdamW8bit
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came out. Losses are nats a completion token; times in seconds."""
+
+    base_name: str
+    base_origin: str
+    before: EvalRecord | None
+    after: EvalRecord | None
+    sample: SampleAnswers | None
+    steps: int
+    tokens: int
+    train_s: float
+    total_s: float
+    peak_rss_bytes: int
+    files: dict[str, Path]
+
+
+def finetune(config: FinetuneConfig, report: Report | None = None) -> RunResult:
+    """Run `config`. Raises FinetuneError for whatever the user can put right."""
+    report = report or Report()
+    start = time.perf_counter()
+    with quiet_libraries():
+        plan = check(config, report)
+        model = load(plan, report)
+        return train(plan, model, report, start)
+
+
+def load(plan: Plan, report: Report) -> PeftModel:
+    """Load the base, pack its linear layers to 4 bits in place and put LoRA on them."""
+    config = plan.config
+    if plan.base.folder is None:
+        report.stage(f"dequantizing {plan.base.source.name} into the cache (once)")
+    base = bases.convert(plan.base)
+    report.stage("loading the base model and packing it to 4 bits")
+    model = bases.load_model(base, plan.dtype)
+    dense = _bytes_of(model)
+    halfbyte.quantize_(
+        model,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        codebook=config.codebook,
+        skip_modules=(plan.head,) if plan.head else (),
+    )
+    packed = _bytes_of(model)
+    set_seed(config.seed)
+    peft_bridge.enable()
+    model = peft.get_peft_model(
+        model,
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.target_modules) or "all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    trainable, _ = model.get_nb_trainable_parameters()
+    kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[plan.dtype]
+    report.fact(
+        "model",
+        f"{format_bytes(dense)} in {kind} -> {format_bytes(packed)} with 4-bit linear layers; "
+        f"LoRA rank {config.rank}: {trainable / 1e6:.2f} M trainable parameters",
+    )
+    return model
+
+
+def train(plan: Plan, model: PeftModel, report: Report, start: float) -> RunResult:
+    """Evaluate, train, evaluate, write. `start` is when the run began (perf_counter)."""
+    config = plan.config
+    config.out.mkdir(parents=True, exist_ok=True)
+    log = MetricsLog(config.out / "metrics.jsonl")
+    with tempfile.TemporaryDirectory() as scratch:
+        callback = MetricsCallback(log, report, config.eval_every)
+        trainer = _build_trainer(plan, model, callback, scratch)
+        callback.trainer = trainer
+        try:
+            if plan.held_out is not None:
+                report.stage("measuring the held-out loss of the 4-bit base")
+            before = callback.evaluate(0)
+            answer_before = _answer(plan, model)
+            begin = time.perf_counter()
+            try:
+                trainer.train()
+            finally:
+                report.train_end()
+            train_s = time.perf_counter() - begin
+            after = callback.evaluate(trainer.state.global_step)
+        except BaseException:
+            log.abandon()
+            raise
+        sample = None
+        if answer_before is not None:
+            sample = SampleAnswers(plan.prompt, answer_before, _answer(plan, model))
+    result = RunResult(
+        plan.base.name, plan.base.origin, before, after, sample, len(log.steps),
+        sum(record.tokens for record in log.steps), train_s, time.perf_counter() - start,
+        peak_rss_bytes(), {name: config.out / name for name in RESULT_FILES},
+    )  # fmt: skip
+    _write(plan, model, log, result)
+    report.finish(result)
+    return result
+
+
+def _build_trainer(
+    plan: Plan, model: PeftModel, callback: MetricsCallback, scratch: str
+) -> CompletionTrainer:
+    config = plan.config
+    arguments = trl.SFTConfig(
+        output_dir=scratch,
+        per_device_train_batch_size=config.batch,
+        per_device_eval_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.steps or -1,
+        learning_rate=config.lr,
+        lr_scheduler_type=(
+            "constant_with_warmup" if config.schedule == "constant" else config.schedule
+        ),
+        warmup_steps=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        seed=config.seed,
+        bf16=False,  # the model itself is in the compute type: no autocast, no copies
+        use_cpu=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+    )
+    trainer = CompletionTrainer(
+        model,
+        arguments,
+        train_dataset=_dataset(plan.train.samples),
+        # By length, so that little is padded; the loss is a sum over tokens in any order.
+        eval_dataset=(
+            _dataset(sorted(plan.held_out.samples, key=lambda sample: len(sample.input_ids)))
+            if plan.held_out is not None
+            else None
+        ),
+        processing_class=plan.tokenizer,
+        callbacks=[callback],
+        optimizer_cls_and_kwargs=(
+            AdamW8bit, {"lr": config.lr, "weight_decay": config.weight_decay}
+        ),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _write(plan: Plan, model: PeftModel, log: MetricsLog, result: RunResult) -> None:
+    """Write everything; run.json goes last, so a folder with it is a whole run."""
+    out = plan.config.out
+    (out / "run.json").unlink(missing_ok=True)
+    with replace_folder(out / "adapter") as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card of empty headings
+    log.close()
+    with replace_file(out / "loss.png") as file:
+        draw_loss_curve(file, f"{result.base_name}, 4-bit QLoRA", log.steps, log.evals)
+    settings = plan.config.as_dict()
+    write_text(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_json(
+        out / "run.json",
+        {
+            "base": {"source": str(plan.base.source), "origin": plan.base.origin},
+            "config": settings,
+            "data": {
+                "train": _counts(plan.train),
+                "held_out": _counts(plan.held_out) if plan.held_out is not None else None,
+            },
+            "held_out_before": dataclasses.asdict(result.before) if result.before else None,
+            "held_out_after": dataclasses.asdict(result.after) if result.after else None,
+            "sample": dataclasses.asdict(result.sample) if result.sample else None,
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "train_s": result.train_s,
+            "total_s": result.total_s,
+            "peak_rss_bytes": result.peak_rss_bytes,
+            "versions": versions(),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that has a say in the numbers."""
+    modules = (halfbyte, torch, transformers, peft, trl)
+    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars, advice or warnings from the libraries: the report speaks for the run."""
+    names = ("transformers", "trl", "peft", "accelerate", "datasets")
+    levels = {name: logging.getLogger(name).level for name in names}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _answer(plan: Plan, model: PeftModel) -> str | None:
+    """Greedy answer to the sample prompt; None if none is asked for."""
+    if plan.config.sample_tokens == 0 or not plan.prompt:
+        return None
+    text, special = render_prompt(
+        plan.prompt, plan.tokenizer, chat_template=plan.config.chat_template
+    )
+    inputs = plan.tokenizer(text, add_special_tokens=special, return_tensors="pt")
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=plan.config.sample_tokens,
+            do_sample=False,
+            temperature=None, top_p=None, top_k=None,
+            pad_token_id=plan.tokenizer.pad_token_id,
+        )  # fmt: skip
+    model.train(was_training)
+    return plan.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _dataset(samples: list[Sample]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [sample.input_ids for sample in samples],
+            "labels": [sample.labels for sample in samples],
+        }
+    )
+
+
+def _bytes_of(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _counts(encoded: EncodedRows) -> dict[str, int]:
+    return {
+        "rows": len(encoded.samples),
+        "tokens": encoded.tokens,
+        "completion_tokens": encoded.learned,
+        "truncated": encoded.truncated,
+        "skipped": encoded.skipped,
+    }

@@ -1,0 +1,152 @@
+"""TRL's SFTTrainer, with the language-model head run on completion tokens only.
+
+TRL's fused head scores every position on a CPU and masks afterwards. With M tokens in a batch,
+C of them in completions and a vocabulary of V, the head costs M * V * K multiplications forward
+and twice that backward, of which (M - C) / M are thrown away. Here a forward hook on the
+backbone hands the head the C hidden states that have a label, as one sequence:
+
+    hidden [B, T, K], labels [B, T]  ->  hidden [1, C + 1, K], labels [1, C + 1]
+
+(the extra position pays for the head's own shift by one). Losses and gradients are the same sums;
+soft-capping, logit scales and auxiliary losses stay TRL's.
+"""
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from halfbyte.finetune.encode import IGNORED
+from halfbyte.finetune.errors import FinetuneError
+from halfbyte.finetune.metrics import EvalRecord, MetricsLog, StepRecord, peak_rss_bytes
+from halfbyte.finetune.report import Report
+
+
+class CompletionTrainer(SFTTrainer):
+    """SFTTrainer whose loss costs what its completion tokens cost."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._learned: torch.Tensor | None = None  # [B, T - 1]: position t predicts a label
+        self.model.get_base_model().base_model.register_forward_hook(self._keep_learned)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Summed loss of the completion tokens over `num_items_in_batch` (default: their count)."""
+        if return_outputs:
+            raise NotImplementedError("logits are never built; expected return_outputs=False")
+        labels = inputs["labels"]
+        self._learned = labels[:, 1:] != IGNORED
+        compact = nn.functional.pad(labels[:, 1:][self._learned], (1, 0), value=IGNORED)
+        try:
+            return super().compute_loss(
+                model, {**inputs, "labels": compact[None]}, False, num_items_in_batch
+            )
+        finally:
+            self._learned = None
+
+    def _keep_learned(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook of the backbone: keep the hidden states that predict a label."""
+        if self._learned is not None:
+            hidden = output.last_hidden_state[:, :-1][self._learned]
+            output.last_hidden_state = nn.functional.pad(hidden, (0, 0, 0, 1))[None]
+        return output
+
+    @torch.no_grad()
+    def held_out_loss(self) -> tuple[float, int]:
+        """(mean loss in nats, tokens) over all completion tokens of the held-out rows.
+
+        Weighted by tokens, so it does not depend on how rows fall into batches.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        total, tokens = 0.0, 0
+        one = torch.tensor(1)
+        for batch in self.get_eval_dataloader():
+            batch = self._prepare_inputs(batch)
+            total += self.compute_loss(self.model, batch, num_items_in_batch=one).item()
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        self._metrics["eval"].clear()
+        self.model.train(was_training)
+        return total / tokens, tokens
+
+
+class MetricsCallback(TrainerCallback):
+    """Turns Trainer's logs into records, and measures the held-out loss every `eval_every` steps.
+
+    Every record goes to the log first, then to the report.
+    """
+
+    def __init__(self, log: MetricsLog, report: Report, eval_every: int | None) -> None:
+        self.log = log
+        self.report = report
+        self.eval_every = eval_every
+        self.trainer: CompletionTrainer | None = None
+        self._start = self._last = time.perf_counter()
+        self._tokens = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self.report.train_begin(state.max_steps)
+        self._start = self._last = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Record one step. Raises FinetuneError if its loss is not finite."""
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise FinetuneError(
+                f"step {state.global_step}: expected a finite loss, got {logs['loss']}; "
+                "try a smaller --lr, a longer --warmup or --dtype fp32"
+            )
+        now = time.perf_counter()
+        tokens = int(logs["num_tokens"]) - self._tokens
+        record = StepRecord(
+            step=state.global_step,
+            loss=float(logs["loss"]),
+            lr=float(logs["learning_rate"]),
+            grad_norm=float(logs["grad_norm"]),
+            tokens=tokens,
+            tokens_per_s=tokens / (now - self._last),
+            peak_rss_bytes=peak_rss_bytes(),
+            elapsed_s=now - self._start,
+        )
+        self._tokens += tokens
+        self._emit(record)
+        due = self.eval_every and state.global_step % self.eval_every == 0
+        if due and state.global_step < state.max_steps:
+            self.evaluate(state.global_step)
+        self._last = time.perf_counter()
+
+    def evaluate(self, step: int) -> EvalRecord | None:
+        """Measure and record the held-out loss, if rows are held out."""
+        assert self.trainer is not None
+        if self.trainer.eval_dataset is None:
+            return None
+        loss, tokens = self.trainer.held_out_loss()
+        elapsed = time.perf_counter() - self._start if step else 0.0
+        record = EvalRecord(step, loss, tokens, elapsed)
+        self._emit(record)
+        return record
+
+    def _emit(self, record: StepRecord | EvalRecord) -> None:
+        self.log.write(record)
+        self.report.record(record)
