@@ -11,8 +11,9 @@
 // fp32 x. `dynamic8_thresholds` fills that table.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
 
 namespace halfbyte {
 
@@ -92,7 +93,7 @@ constexpr uint32_t kDynamic8UnsignedBits[256] = {
 };
 
 static inline void dynamic8_values(DynamicMap map, float values[256]) {
-  std::memcpy(values, map == DynamicMap::kSigned ? kDynamic8SignedBits : kDynamic8UnsignedBits,
+  memcpy(values, map == DynamicMap::kSigned ? kDynamic8SignedBits : kDynamic8UnsignedBits,
               sizeof(kDynamic8SignedBits));
 }
 
@@ -102,14 +103,16 @@ static inline void dynamic8_thresholds(const float values[256], float thresholds
   for (int i = 0; i < 255; ++i) {
     const double middle = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) / 2;
     float rounded = static_cast<float>(middle);
-    if (static_cast<double>(rounded) > middle) {  // step to the fp32 just below
-      uint32_t bits;
-      std::memcpy(&bits, &rounded, 4);
-      bits += rounded > 0 ? uint32_t(-1) : uint32_t(1);
-      std::memcpy(&rounded, &bits, 4);
-    }
+    if (static_cast<double>(rounded) > middle) rounded = nextafterf(rounded, -INFINITY);
     thresholds[i] = rounded;
   }
+}
+
+// #{i : x > thresholds[i]}, the code of x: a branch-free binary search.
+static inline uint8_t dynamic8_code(const float thresholds[255], float x) {
+  int code = 0;
+  for (int step = 128; step > 0; step /= 2) code += x > thresholds[code + step - 1] ? step : 0;
+  return static_cast<uint8_t>(code);
 }
 
 }  // namespace halfbyte

@@ -1,0 +1,43 @@
+// The LoRA linear for Python.
+#include "views.h"
+
+#include "halfbyte/lora_linear.h"
+
+namespace py = pybind11;
+
+namespace halfbyte {
+
+void bind_lora_linear(py::module_& module) {
+  module.def(
+      "lora_linear_forward",
+      [](const TensorView& x, const QuantizedView& weight, int64_t out_features,
+         const TensorView& bias, const TensorView& lora_a, const TensorView& lora_b, double scaling,
+         double dropout, const TensorView& seed, const TensorView& y, const TensorView& t,
+         int threads) {
+        py::gil_scoped_release release;
+        lora_linear_forward({x, weight, out_features, bias, lora_a, lora_b, scaling, dropout, seed,
+                             y, t, threads});
+      },
+      py::arg("x"), py::arg("weight"), py::arg("out_features"), py::arg("bias"), py::arg("lora_a"),
+      py::arg("lora_b"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"), py::arg("y"),
+      py::arg("t"), py::arg("threads"));
+  module.def(
+      "lora_linear_backward",
+      [](const TensorView& dy, const TensorView& x, const QuantizedView& weight,
+         int64_t in_features, const TensorView& lora_a, const TensorView& lora_b,
+         const TensorView& t, double scaling, double dropout, const TensorView& seed,
+         const TensorView& dx, const TensorView& d_lora_a, const TensorView& d_lora_b,
+         const TensorView& d_bias, int threads) {
+        py::gil_scoped_release release;
+        lora_linear_backward({dy, x, weight, in_features, lora_a, lora_b, t, scaling, dropout, seed,
+                              dx, d_lora_a, d_lora_b, d_bias, threads});
+      },
+      py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("in_features"), py::arg("lora_a"),
+      py::arg("lora_b"), py::arg("t"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
+      py::arg("dx"), py::arg("d_lora_a"), py::arg("d_lora_b"), py::arg("d_bias"),
+      py::arg("threads"));
+  module.def("lora_linear_variants",
+             [](DType dtype) { return variant_rows(lora_linear_variants(dtype)); });
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,65 @@
+// Quantize, double quantize and dequantize for Python.
+#include "views.h"
+
+#include "halfbyte/dynamic8_format.h"
+#include "halfbyte/nf4.h"
+
+namespace py = pybind11;
+
+namespace halfbyte {
+
+void bind_nf4(py::module_& module) {
+  py::class_<QuantizedView>(module, "QuantizedView")
+      .def(py::init([](TensorView packed, TensorView absmax, TensorView nested_absmax,
+                       TensorView offset, const std::string& codebook, TensorView levels,
+                       TensorView nested_map, int64_t block_size) {
+             return QuantizedView{std::move(packed),
+                                  std::move(absmax),
+                                  std::move(nested_absmax),
+                                  std::move(offset),
+                                  codebook_by_name(codebook),
+                                  std::move(levels),
+                                  std::move(nested_map),
+                                  block_size};
+           }),
+           py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"), py::arg("offset"),
+           py::arg("codebook"), py::arg("levels"), py::arg("nested_map"), py::arg("block_size"));
+
+  module.def(
+      "quantize_4bit",
+      [](const TensorView& weight, const std::string& codebook, int64_t block_size,
+         const TensorView& packed, const TensorView& absmax, int threads) {
+        py::gil_scoped_release release;
+        quantize_4bit({weight, codebook_by_name(codebook), block_size, packed, absmax, threads});
+      },
+      py::arg("weight"), py::arg("codebook"), py::arg("block_size"), py::arg("packed"),
+      py::arg("absmax"), py::arg("threads"));
+  module.def(
+      "double_quantize",
+      [](const TensorView& absmax, const TensorView& offset, const TensorView& codes,
+         const TensorView& nested_absmax, int threads) {
+        py::gil_scoped_release release;
+        double_quantize({absmax, offset, codes, nested_absmax, threads});
+      },
+      py::arg("absmax"), py::arg("offset"), py::arg("codes"), py::arg("nested_absmax"),
+      py::arg("threads"));
+  module.def(
+      "dequantize_4bit",
+      [](const QuantizedView& weight, const TensorView& out, int threads) {
+        py::gil_scoped_release release;
+        dequantize_4bit({weight, out, threads});
+      },
+      py::arg("weight"), py::arg("out"), py::arg("threads"));
+  module.def("codebook_levels", [](const std::string& name) {
+    return codebook_levels(codebook_by_name(name));
+  });
+  module.def("signed_dynamic_map", [] {
+    std::vector<float> values(256);
+    dynamic8_values(DynamicMap::kSigned, values.data());
+    return values;
+  });
+  module.def("quantize_variants", [] { return variant_rows(quantize_variants()); });
+  module.def("dequantize_variants", [] { return variant_rows(dequantize_variants()); });
+}
+
+}  // namespace halfbyte

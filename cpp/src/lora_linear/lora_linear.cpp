@@ -1,0 +1,195 @@
+// Checks and the variant tables of the LoRA linear.
+#include "halfbyte/lora_linear.h"
+
+#include <memory>
+
+#include "lora_linear_impl.h"
+#include "support/cpu_features.h"
+#include "support/parallel.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr std::initializer_list<DType> kFloats = {DType::kFloat32, DType::kBFloat16,
+                                                  DType::kFloat16};
+
+// Below this many multiply-adds bf16 arithmetic gains nothing, and fp32 is more exact.
+constexpr int64_t kSmallProduct = 1 << 16;
+
+DType activation_dtype(const ForwardArgs& args) {
+  return args.x.dtype;
+}
+DType activation_dtype(const BackwardArgs& args) {
+  return args.dy.dtype;
+}
+int64_t multiply_adds(const ForwardArgs& args) {
+  return args.x.rows * args.weight.count;
+}
+int64_t multiply_adds(const BackwardArgs& args) {
+  return args.dy.rows * args.weight.count;
+}
+
+template <class Args>
+std::string always(const Args&) {
+  return "";
+}
+template <class Args>
+std::string needs_avx2(const Args&) {
+  return cpu_features().avx2_fma_f16c ? "" : "needs AVX2, FMA and F16C";
+}
+template <class Args>
+std::string needs_avx512(const Args&) {
+  return cpu_features().avx512 ? "" : "needs AVX-512 F, BW, DQ and VL";
+}
+template <class Args>
+std::string needs_avx512bf16(const Args& args) {
+  if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vbmi)
+    return "needs AVX512-BF16 and AVX512-VBMI";
+  if (activation_dtype(args) != DType::kBFloat16)
+    return std::string("bf16 arithmetic is for bfloat16 activations, these are ") +
+           dtype_name(activation_dtype(args));
+  if (multiply_adds(args) < kSmallProduct)
+    return concat("fp32 arithmetic is as fast and more exact below ", kSmallProduct,
+                  " multiply-adds, this product has ", multiply_adds(args));
+  return "";
+}
+
+template <const PanelKernels& (*kernels)()>
+void forward(const ForwardArgs& args) {
+  forward_with_panels(kernels(), args);
+}
+template <const PanelKernels& (*kernels)()>
+void backward(const BackwardArgs& args) {
+  backward_with_panels(kernels(), args);
+}
+
+const Variant<ForwardArgs> kForwardTable[] = {
+#if defined(__x86_64__)
+    {"avx512bf16", needs_avx512bf16, forward<panel_kernels_avx512bf16>},
+    {"avx512", needs_avx512, forward<panel_kernels_avx512>},
+    {"avx2", needs_avx2, forward<panel_kernels_avx2>},
+#endif
+    {"portable", always, forward<panel_kernels_portable>},
+    {"reference", always, forward_reference},
+};
+
+const Variant<BackwardArgs> kBackwardTable[] = {
+#if defined(__x86_64__)
+    {"avx512bf16", needs_avx512bf16, backward<panel_kernels_avx512bf16>},
+    {"avx512", needs_avx512, backward<panel_kernels_avx512>},
+    {"avx2", needs_avx2, backward<panel_kernels_avx2>},
+#endif
+    {"portable", always, backward<panel_kernels_portable>},
+    {"reference", always, backward_reference},
+};
+
+Matrix matrix_of(const TensorView& view) {
+  if (!view.given) return {nullptr, DType::kFloat32, 0, 0, 0};
+  const bool vector = view.shape.size() == 1;
+  const int64_t rows = vector ? 1 : view.shape[0];
+  const int64_t cols = vector ? view.shape[0] : view.shape[1];
+  return {view.data, view.dtype, rows, cols, cols};
+}
+
+void check_two_dimensional(const char* name, const TensorView& view) {
+  check_dtype(name, view, kFloats);
+  HALFBYTE_CHECK(view.shape.size() == 2, name, ": expected 2 dimensions, got ", describe(view));
+}
+
+// Rank of the LoRA branch, 0 without one.
+int64_t check_lora(const TensorView& a, const TensorView& b, int64_t K, int64_t N) {
+  HALFBYTE_CHECK(a.given == b.given, "lora_a and lora_b: expected both or neither, got lora_a ",
+                 describe(a), " and lora_b ", describe(b));
+  if (!a.given) return 0;
+  check_two_dimensional("lora_a", a);
+  const int64_t R = a.shape[0];
+  HALFBYTE_CHECK(R >= 1 && R <= kMaxRank, "lora_a: expected a rank of 1 to ", kMaxRank, ", got ",
+                 describe(a));
+  check_tensor("lora_a", a, kFloats, {R, K});
+  check_tensor("lora_b", b, kFloats, {N, R});
+  return R;
+}
+
+DropoutMask checked_dropout(double p, const TensorView& seed) {
+  HALFBYTE_CHECK(p >= 0 && p <= 1, "dropout: expected 0 <= p <= 1, got ", p);
+  if (p == 0) return {0, 0, 1};
+  check_tensor("seed", seed, {DType::kInt64}, {1});
+  return make_dropout_mask(p, static_cast<uint64_t>(*seed.as<int64_t>()));
+}
+
+void check_out(const char* name, const TensorView& view, const std::vector<int64_t>& shape) {
+  if (view.given) check_tensor(name, view, kFloats, shape);
+}
+
+}  // namespace
+
+void lora_linear_forward(const LoraLinearParams& params) {
+  check_two_dimensional("x", params.x);
+  const int64_t M = params.x.shape[0], K = params.x.shape[1], N = params.out_features;
+  HALFBYTE_CHECK(N >= 1, "out_features: expected at least 1, got ", N);
+  const int64_t R = check_lora(params.lora_a, params.lora_b, K, N);
+  check_tensor("y", params.y, {params.x.dtype}, {M, N});
+  if (params.bias.given) check_tensor("bias", params.bias, kFloats, {N});
+
+  ForwardArgs args{};
+  args.x = matrix_of(params.x);
+  args.weight = checked_bits(params.weight, N * K);
+  args.bias = matrix_of(params.bias);
+  args.lora_a = matrix_of(params.lora_a);
+  args.lora_b = matrix_of(params.lora_b);
+  args.scaling = static_cast<float>(params.scaling);
+  args.dropout = checked_dropout(R ? params.dropout : 0, params.seed);
+  args.y = matrix_of(params.y);
+  args.threads = params.threads;
+
+  std::unique_ptr<AlignedBuffer> own_t;
+  if (R && !params.t.given) {
+    own_t = std::make_unique<AlignedBuffer>(
+        static_cast<size_t>(M * R) * sizeof(float));
+    args.t = {own_t->as<void>(), DType::kFloat32, M, R, R};
+  } else if (R) {
+    check_tensor("t", params.t, {DType::kFloat32}, {M, R});
+    args.t = matrix_of(params.t);
+  }
+  const Variant<ForwardArgs>& variant = select_variant("lora_linear", kForwardTable, args);
+  if (M > 0) variant.run(args);
+}
+
+void lora_linear_backward(const LoraLinearBackwardParams& params) {
+  check_two_dimensional("dy", params.dy);
+  const int64_t M = params.dy.shape[0], N = params.dy.shape[1], K = params.in_features;
+  HALFBYTE_CHECK(K >= 1, "in_features: expected at least 1, got ", K);
+  const int64_t R = check_lora(params.lora_a, params.lora_b, K, N);
+  if (params.dx.given) check_tensor("dx", params.dx, {params.dy.dtype}, {M, K});
+  check_out("d_lora_a", params.d_lora_a, {R, K});
+  check_out("d_lora_b", params.d_lora_b, {N, R});
+  check_out("d_bias", params.d_bias, {N});
+  if (params.d_lora_a.given) check_tensor("x", params.x, {params.dy.dtype}, {M, K});
+  if (params.d_lora_b.given) check_tensor("t", params.t, {DType::kFloat32}, {M, R});
+
+  BackwardArgs args{};
+  args.dy = matrix_of(params.dy);
+  args.x = matrix_of(params.x);
+  args.weight = checked_bits(params.weight, N * K);
+  args.lora_a = matrix_of(params.lora_a);
+  args.lora_b = matrix_of(params.lora_b);
+  args.t = matrix_of(params.t);
+  args.scaling = static_cast<float>(params.scaling);
+  args.dropout = checked_dropout(R ? params.dropout : 0, params.seed);
+  args.in_features = K;
+  args.dx = matrix_of(params.dx);
+  args.d_lora_a = matrix_of(params.d_lora_a);
+  args.d_lora_b = matrix_of(params.d_lora_b);
+  args.d_bias = matrix_of(params.d_bias);
+  args.threads = params.threads;
+  select_variant("lora_linear", kBackwardTable, args).run(args);
+}
+
+std::vector<VariantStatus> lora_linear_variants(DType dtype) {
+  ForwardArgs args{};
+  args.x = {nullptr, dtype, 512, 4096, 4096};
+  args.weight.count = int64_t{4096} * 4096;
+  return list_variants("lora_linear", kForwardTable, args);
+}
+
+}  // namespace halfbyte

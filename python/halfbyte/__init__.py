@@ -1,0 +1,30 @@
+"""halfbyte: 4-bit QLoRA fine-tuning, native on CPU and CUDA.
+
+    weight = halfbyte.quantize_nf4(w)                      # 4.127 bits a parameter
+    y = halfbyte.lora_linear(x, weight, a, b, scaling=2.0)  # fused forward, fused backward
+    halfbyte.quantize_(model)                              # every linear layer of a model, in place
+    optimizer = halfbyte.optim.AdamW8bit(adapter_parameters)
+"""
+
+from halfbyte import nn, optim
+from halfbyte._native import _C
+from halfbyte.autograd import LoraLinearFunction, lora_linear, nf4_linear
+from halfbyte.nf4_weight import NF4Weight, quantize_4bit, quantize_nf4
+from halfbyte.nn import quantize_
+from halfbyte.variants import cpu_features, cuda_status, variants
+
+__version__ = _C.__version__
+__all__ = [
+    "LoraLinearFunction",
+    "NF4Weight",
+    "cpu_features",
+    "cuda_status",
+    "lora_linear",
+    "nf4_linear",
+    "nn",
+    "optim",
+    "quantize_",
+    "quantize_4bit",
+    "quantize_nf4",
+    "variants",
+]

@@ -1,0 +1,149 @@
+"""Packed weights as checkpoint entries, in bitsandbytes' key layout.
+
+    P.weight                              uint8 [ceil(N K / 2), 1]
+    P.weight.absmax                       uint8 (double-quantized) or float32
+    P.weight.quant_map                    float32 [16]
+    P.weight.nested_absmax                float32          double-quantized only
+    P.weight.nested_quant_map             float32 [256]    double-quantized only
+    P.weight.quant_state.bitsandbytes__nf4   uint8 bytes of JSON: quant_type, blocksize, dtype, shape,
+                                          and nested_blocksize, nested_dtype, nested_offset
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import torch
+
+from halfbyte._native import _C
+from halfbyte.nf4_weight import CODEBOOKS, NF4Weight
+from halfbyte.ops.nf4 import DOUBLE_QUANT_BLOCK
+
+_STATE = "quant_state.bitsandbytes__"
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@functools.cache
+def standard_levels(codebook: str) -> torch.Tensor:
+    return torch.tensor(_C.codebook_levels(codebook), dtype=torch.float32)
+
+
+@functools.cache
+def standard_nested_map() -> torch.Tensor:
+    return torch.tensor(_C.signed_dynamic_map(), dtype=torch.float32)
+
+
+def as_float(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """float32 statistics from their int32 bit patterns (or as they are); shares memory."""
+    return tensor.view(torch.float32) if tensor is not None and tensor.dtype == torch.int32 else tensor
+
+
+def entry_names(state: dict, prefix: str) -> list[str]:
+    """Keys of `state` that belong to the packed weight `prefix`, which ends in "weight"."""
+    names = [prefix, *(f"{prefix}.{part}" for part in _PARTS)]
+    names += [f"{prefix}.{_STATE}{codebook}" for codebook in CODEBOOKS]
+    return [name for name in names if name in state]
+
+
+def to_entries(weight: NF4Weight, prefix: str) -> dict[str, torch.Tensor]:
+    """Checkpoint entries of `weight` under `prefix` ("layer.weight"). Tensors share memory."""
+    state = {
+        "quant_type": weight.codebook,
+        "blocksize": weight.block_size,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    device = weight.packed.device
+    levels = as_float(weight.levels)
+    entries = {
+        prefix: weight.packed.reshape(-1, 1),
+        f"{prefix}.absmax": as_float(weight.absmax),
+        f"{prefix}.quant_map": standard_levels(weight.codebook).to(device)
+        if levels is None
+        else levels,
+    }
+    if weight.double_quant:
+        nested_map = as_float(weight.nested_map)
+        entries[f"{prefix}.nested_absmax"] = as_float(weight.nested_absmax)
+        entries[f"{prefix}.nested_quant_map"] = (
+            standard_nested_map().to(device) if nested_map is None else nested_map
+        )
+        state["nested_blocksize"] = DOUBLE_QUANT_BLOCK
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = as_float(weight.offset).item()
+    text = json.dumps(state).encode()
+    entries[f"{prefix}.{_STATE}{weight.codebook}"] = torch.frombuffer(
+        bytearray(text), dtype=torch.uint8
+    )
+    return entries
+
+
+def from_entries(state: dict, prefix: str) -> NF4Weight:
+    """The packed weight stored under `prefix`; ValueError names what is missing or does not fit."""
+    codebook = next((c for c in CODEBOOKS if f"{prefix}.{_STATE}{c}" in state), None)
+    if codebook is None:
+        raise ValueError(f"{prefix}: expected an entry {prefix}.{_STATE}nf4 (or fp4, int4), got none")
+    header = _parse_header(state[f"{prefix}.{_STATE}{codebook}"], f"{prefix}.{_STATE}{codebook}")
+    double_quant = "nested_blocksize" in header
+    shape = torch.Size(header["shape"])
+    blocks = math.ceil(shape.numel() / header["blocksize"])
+
+    def part(name: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        key = f"{prefix}.{name}" if name else prefix
+        tensor = state.get(key)
+        if tensor is None:
+            raise ValueError(f"{key}: expected {dtype} [{count}], got no such entry")
+        if tensor.dtype != dtype or tensor.numel() != count:
+            raise ValueError(f"{key}: expected {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}")
+        return tensor.reshape(-1)
+
+    offset = nested_absmax = nested_map = None
+    if double_quant:
+        nested_absmax = part("nested_absmax", torch.float32, math.ceil(blocks / DOUBLE_QUANT_BLOCK))
+        nested_map = _unless_equal(part("nested_quant_map", torch.float32, 256), standard_nested_map())
+        offset = torch.tensor([header["nested_offset"]], device=nested_absmax.device)
+    return NF4Weight(
+        packed=part("", torch.uint8, math.ceil(shape.numel() / 2)),
+        absmax=part("absmax", torch.uint8 if double_quant else torch.float32, blocks),
+        shape=shape,
+        dtype=_DTYPES[header["dtype"]],
+        block_size=header["blocksize"],
+        codebook=codebook,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        levels=_unless_equal(part("quant_map", torch.float32, 16), standard_levels(codebook)),
+        nested_map=nested_map,
+    )
+
+
+def _unless_equal(table: torch.Tensor, standard: torch.Tensor) -> torch.Tensor | None:
+    """None for the standard table, which needs no copy of its own."""
+    return None if torch.equal(table.cpu(), standard) else table
+
+
+def _parse_header(tensor: torch.Tensor, key: str) -> dict:
+    try:
+        header = json.loads(bytes(tensor.cpu().tolist()).decode())
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{key}: expected JSON bytes, got {error}") from None
+    problems = []
+    if not isinstance(header, dict):
+        raise ValueError(f"{key}: expected a JSON object, got {type(header).__name__}")
+    shape = header.get("shape")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        problems.append(f"shape {shape!r}")
+    block_size = header.get("blocksize")
+    if block_size not in {2**i for i in range(5, 13)}:
+        problems.append(f"blocksize {block_size!r}")
+    if header.get("dtype") not in _DTYPES:
+        problems.append(f"dtype {header.get('dtype')!r}")
+    if header.get("nested_blocksize", DOUBLE_QUANT_BLOCK) != DOUBLE_QUANT_BLOCK:
+        problems.append(f"nested_blocksize {header['nested_blocksize']!r}")
+    if "nested_blocksize" in header and not isinstance(header.get("nested_offset"), float | int):
+        problems.append(f"nested_offset {header.get('nested_offset')!r}")
+    if problems:
+        raise ValueError(f"{key}: cannot read {', '.join(problems)}")
+    return header

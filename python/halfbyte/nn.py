@@ -1,0 +1,327 @@
+"""Linear layers on a 4-bit weight.
+
+    NF4Linear    y = x W^T + bias
+    LoraLinear   y = x W^T + bias + (alpha / r) * (dropout(x) A^T) B^T
+    quantize_    every linear layer of a model, in place
+
+Codes and statistics are frozen integer Parameters (float32 statistics as int32 bit patterns): the one
+storage that dtype casts, autocast, DDP and FSDP leave alone. Forward never changes or repacks them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from halfbyte import checkpoint
+from halfbyte.autograd import lora_linear
+from halfbyte.nf4_weight import NF4Weight, quantize_4bit
+
+
+def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
+    """An integer Parameter over `tensor`'s memory: float32 becomes int32 bit patterns."""
+    if tensor is None:
+        return None
+    bits = tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+    return nn.Parameter(bits, requires_grad=False)
+
+
+class NF4Linear(nn.Linear):
+    """A linear layer whose weight lies in 4 bits and is frozen: y = x W^T + bias.
+
+    x [..., K] float32, bfloat16 or float16; y [..., N] in x's dtype (under autocast: autocast's).
+    Parameters: `weight` uint8 [ceil(N K / 2), 1]; `absmax` uint8 or int32; `nested_absmax`,
+    `nested_offset` int32; `quant_map`, `nested_quant_map` int32 or None (the standard tables); `bias`.
+    The state dict is in bitsandbytes' layout (see `halfbyte.checkpoint`). Make one with `from_linear`
+    or from an `NF4Weight`.
+    """
+
+    def __init__(self, weight: NF4Weight, bias: torch.Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"bias: expected shape [{self.out_features}], got {list(bias.shape)}")
+        self._set_weight(weight)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    def _set_weight(self, weight: NF4Weight) -> None:
+        self.codebook = weight.codebook
+        self.block_size = weight.block_size
+        self.weight_dtype = weight.dtype
+        self.weight = _frozen(weight.packed.reshape(-1, 1))
+        self.absmax = _frozen(weight.absmax)
+        self.nested_absmax = _frozen(weight.nested_absmax)
+        self.nested_offset = _frozen(weight.offset)
+        self.quant_map = _frozen(weight.levels)
+        self.nested_quant_map = _frozen(weight.nested_map)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        block_size: int = 64,
+        double_quant: bool = True,
+        codebook: str = "nf4",
+    ) -> NF4Linear:
+        """Quantizes the weight of `linear`, which is left as it is; the bias is shared."""
+        layer = cls(quantize_4bit(linear.weight, codebook, block_size, double_quant), linear.bias)
+        return layer.train(linear.training)
+
+    @property
+    def nf4_weight(self) -> NF4Weight:
+        """The packed weight; shares this layer's memory."""
+        return NF4Weight(
+            packed=self.weight,
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.weight_dtype,
+            block_size=self.block_size,
+            codebook=self.codebook,
+            nested_absmax=self.nested_absmax,
+            offset=self.nested_offset,
+            levels=self.quant_map,
+            nested_map=self.nested_quant_map,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense weight [N, K], in `dtype` or in the dtype it was quantized from."""
+        return self.nf4_weight.dequantize(dtype)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A dense layer with the dequantized weight."""
+        weight = self.dequantize(dtype)
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype))
+        return linear.train(self.training)
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError("NF4Linear: a packed weight cannot be re-initialised")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x, self.nf4_weight, None, None, 1.0, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        weight = self.nf4_weight
+        if weight.packed.is_meta:
+            raise RuntimeError(f"{prefix}weight: expected data, got a tensor on the meta device")
+        entries = checkpoint.to_entries(weight, prefix + "weight")
+        destination.update(entries if keep_vars else {k: t.detach() for k, t in entries.items()})
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        names = checkpoint.entry_names(state_dict, prefix + "weight")
+        if names:
+            self._load_weight(state_dict, prefix + "weight", local_metadata, error_msgs)
+        elif strict:
+            missing_keys.append(prefix + "weight")
+        if (bias := state_dict.get(prefix + "bias")) is not None and self.bias is not None:
+            self._load_bias(bias, prefix + "bias", local_metadata, error_msgs)
+        elif (bias is None) != (self.bias is None) and strict:
+            (missing_keys if bias is None else unexpected_keys).append(prefix + "bias")
+        if strict:
+            known = {*names, prefix + "bias"}
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+
+    def _load_weight(self, state_dict, key, local_metadata, error_msgs) -> None:
+        try:
+            weight = checkpoint.from_entries(state_dict, key)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        if weight.shape != (self.out_features, self.in_features):
+            error_msgs.append(
+                f"{key}: expected a packed weight of [{self.out_features}, {self.in_features}], "
+                f"got {list(weight.shape)}"
+            )
+            return
+        if local_metadata.get("assign_to_params_buffers", False) or self.weight.is_meta:
+            self._set_weight(weight)
+            return
+        mine = self.nf4_weight
+        same = {n: t.shape for n, t in mine.tensors().items()} == {
+            n: t.reshape(-1, 1).shape if n == "packed" else t.shape
+            for n, t in weight.tensors().items()
+        }
+        if not same or mine.absmax.dtype.itemsize != weight.absmax.dtype.itemsize:
+            moved = {n: t.clone().to(self.weight.device) for n, t in weight.tensors().items()}
+            self._set_weight(dataclasses.replace(weight, **moved))
+            return
+        self.codebook, self.block_size = weight.codebook, weight.block_size
+        self.weight_dtype = weight.dtype
+        with torch.no_grad():
+            for name, tensor in mine.tensors().items():
+                source = getattr(weight, name)
+                tensor.copy_(source.view(tensor.dtype).reshape(tensor.shape))
+
+    def _load_bias(self, bias, key, local_metadata, error_msgs) -> None:
+        if bias.shape != self.bias.shape:
+            error_msgs.append(
+                f"{key}: expected shape {list(self.bias.shape)}, got {list(bias.shape)}"
+            )
+        elif local_metadata.get("assign_to_params_buffers", False):
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        else:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+    def extra_repr(self) -> str:
+        kind = f"{self.codebook}, block_size={self.block_size}"
+        kind += ", double_quant=True" if self.nested_absmax is not None else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {kind}"
+        )
+
+
+class LoraLinear(nn.Module):
+    """A frozen 4-bit linear layer with a trainable low-rank adapter, in one fused operation.
+
+    y = x W^T + bias + (alpha / r) * (dropout(x) A^T) B^T
+
+    `lora_a` [r, K] starts uniform in +-1/sqrt(K) (Kaiming, a = sqrt 5) and `lora_b` [N, r] at zero, so
+    that training starts from the base. Both are float32 unless `dtype` says otherwise. Dropout acts
+    in training mode only, with a fresh seed from torch's default generator a call.
+    """
+
+    def __init__(
+        self,
+        base: NF4Linear,
+        r: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not 1 <= r <= 512:
+            raise ValueError(f"r: expected a rank of 1 to 512, got {r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected 0 <= p < 1, got {dropout}")
+        self.base = base
+        self.r = r
+        self.alpha = float(r if alpha is None else alpha)
+        self.dropout = dropout
+        device = base.weight.device
+        self.lora_a = nn.Parameter(torch.empty(r, base.in_features, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, r, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        base.requires_grad_(False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        block_size: int = 64,
+        double_quant: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> LoraLinear:
+        """An adapter on `linear`, quantized first unless it already is an `NF4Linear`."""
+        base = linear
+        if not isinstance(linear, NF4Linear):
+            base = NF4Linear.from_linear(linear, block_size, double_quant)
+        return cls(base, r, alpha, dropout, dtype).train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return lora_linear(
+            x,
+            self.base.nf4_weight,
+            self.lora_a,
+            self.lora_b,
+            self.scaling,
+            self.base.bias,
+            self.dropout if self.training else 0.0,
+        )
+
+    def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A dense layer with W + (alpha / r) B A, summed in float32."""
+        linear = self.base.to_linear(torch.float32)
+        with torch.no_grad():
+            linear.weight += self.scaling * (self.lora_b.float() @ self.lora_a.float())
+        return linear.to(dtype or self.base.weight_dtype)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    codebook: str = "nf4",
+    skip_modules: Iterable[str] = ("lm_head",),
+    progress: Callable[[int, int, str], None] | None = None,
+) -> nn.Module:
+    """Replaces every `nn.Linear` of `model` by an `NF4Linear`, in place, and returns `model`.
+
+    Layer by layer: each dense weight is freed once its packed form is there. Left dense: layers whose
+    name, or last part of it, is in `skip_modules`, the model's output head (`get_output_embeddings`),
+    and weights tied to another module. `progress(done, total, name)` is called after each layer.
+    Raises ValueError, naming the layer, on a weight that cannot be quantized; layers done by then stay
+    quantized.
+    """
+    targets = _linear_layers(model, set(skip_modules))
+    for done, (name, places) in enumerate(targets.items(), 1):
+        parent, attribute = places[0]
+        try:
+            packed = NF4Linear.from_linear(
+                getattr(parent, attribute), block_size, double_quant, codebook
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        for parent, attribute in places:
+            setattr(parent, attribute, packed)
+        if progress is not None:
+            progress(done, len(targets), name)
+    return model
+
+
+def _linear_layers(
+    model: nn.Module, skip: set[str]
+) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Dense linear layers to quantize: first name -> every (parent, attribute) that holds it."""
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    names: dict[int, str] = {}
+    targets: dict[str, list[tuple[nn.Module, str]]] = {}
+    for parent_name, parent in model.named_modules():
+        for attribute, child in parent._modules.items():
+            if type(child) is not nn.Linear or child is head:
+                continue
+            name = f"{parent_name}.{attribute}" if parent_name else attribute
+            if name in skip or attribute in skip or len(owners[id(child.weight)]) > 1:
+                continue
+            first = names.setdefault(id(child), name)
+            targets.setdefault(first, []).append((parent, attribute))
+    return targets

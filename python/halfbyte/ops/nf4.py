@@ -1,0 +1,121 @@
+"""Quantize, double quantize and dequantize (formulas: `halfbyte.nf4_weight`, formats: the C++
+headers `codebook.h`, `nf4_format.h`, `dynamic8_format.h`).
+
+A packed weight travels through operators as
+    packed uint8 [ceil(count / 2)]; absmax float32 | uint8 [blocks]; nested_absmax float32 [nested];
+    offset float32 [1]; codebook; levels float32 [16] and nested_map float32 [256], None = standard
+where float32 statistics may also be int32 bit patterns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from halfbyte._native import _C, float_view, thread_count, view
+from halfbyte.ops import define
+
+DOUBLE_QUANT_BLOCK = 256
+WEIGHT_SCHEMA = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str codebook, "
+    "Tensor? levels, Tensor? nested_map, int block_size"
+)
+
+
+def quantized_view(
+    packed, absmax, nested_absmax, offset, codebook, levels, nested_map, block_size
+) -> _C.QuantizedView:
+    """The native view of a packed weight."""
+    return _C.QuantizedView(
+        view(packed),
+        float_view(absmax),
+        float_view(nested_absmax),
+        float_view(offset),
+        codebook,
+        float_view(levels),
+        float_view(nested_map),
+        block_size,
+    )
+
+
+def _quantize_outputs(weight, block_size):
+    count = weight.numel()
+    packed = weight.new_empty((count + 1) // 2, dtype=torch.uint8)
+    absmax = weight.new_empty(-(-count // block_size), dtype=torch.float32)
+    return packed, absmax
+
+
+def _quantize(weight, codebook, block_size):
+    weight = weight.contiguous()
+    packed, absmax = _quantize_outputs(weight, block_size)
+    _C.quantize_4bit(
+        view(weight), codebook, block_size, view(packed), view(absmax), thread_count()
+    )
+    return packed, absmax
+
+
+def _double_quantize(absmax, offset):
+    absmax = absmax.contiguous()
+    codes, nested_absmax = _double_quantize_fake(absmax, offset)
+    _C.double_quantize(
+        view(absmax), view(offset), view(codes), view(nested_absmax), thread_count()
+    )
+    return codes, nested_absmax
+
+
+def _double_quantize_fake(absmax, offset):
+    codes = torch.empty_like(absmax, dtype=torch.uint8)
+    nested = absmax.new_empty(-(-absmax.numel() // DOUBLE_QUANT_BLOCK))
+    return codes, nested
+
+
+def _dequantize(
+    packed,
+    absmax,
+    nested_absmax,
+    offset,
+    codebook,
+    levels,
+    nested_map,
+    block_size,
+    shape,
+    dtype,
+):
+    out = torch.empty(shape, dtype=dtype)
+    weight = quantized_view(
+        packed, absmax, nested_absmax, offset, codebook, levels, nested_map, block_size
+    )
+    _C.dequantize_4bit(weight, view(out), thread_count())
+    return out
+
+
+def _dequantize_fake(packed, *weight_and_shape):
+    *_, shape, dtype = weight_and_shape
+    return packed.new_empty(shape, dtype=dtype)
+
+
+define(
+    "quantize_4bit(Tensor weight, str codebook, int block_size) -> (Tensor packed, Tensor absmax)",
+    _quantize,
+    lambda weight, codebook, block_size: _quantize_outputs(weight, block_size),
+)
+define(
+    "double_quantize(Tensor absmax, Tensor offset) -> (Tensor codes, Tensor nested_absmax)",
+    _double_quantize,
+    _double_quantize_fake,
+)
+define(
+    f"dequantize_4bit({WEIGHT_SCHEMA}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+)
+
+
+def weight_bytes(count: int, block_size: int, double_quant: bool) -> int:
+    """Bytes of codes and statistics of `count` elements (standard tables not stored)."""
+    blocks = math.ceil(count / block_size)
+    statistics = 4 * blocks
+    if double_quant:
+        statistics = blocks + 4 * math.ceil(blocks / DOUBLE_QUANT_BLOCK) + 4
+    return math.ceil(count / 2) + statistics

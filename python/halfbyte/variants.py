@@ -1,0 +1,35 @@
+"""What this processor and this build can do, and which kernel variant each operation takes."""
+
+from __future__ import annotations
+
+from halfbyte._native import _C
+
+_TABLES = {
+    "quantize_4bit": lambda: _C.quantize_variants(),
+    "dequantize_4bit": lambda: _C.dequantize_variants(),
+    "lora_linear (bfloat16)": lambda: _C.lora_linear_variants(_C.DType.bfloat16),
+    "lora_linear (float32)": lambda: _C.lora_linear_variants(_C.DType.float32),
+    "lora_linear (float16)": lambda: _C.lora_linear_variants(_C.DType.float16),
+    "adamw8": lambda: _C.adamw8_variants(),
+}
+
+
+def variants() -> dict[str, list[dict]]:
+    """For each operation its variants, best first: `name`, `why_not` ("" when usable), `chosen`."""
+    return {
+        op: [
+            {"name": name, "why_not": why_not, "chosen": chosen}
+            for name, why_not, chosen in table()
+        ]
+        for op, table in _TABLES.items()
+    }
+
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction sets that this processor and operating system let us use."""
+    return _C.cpu_features()
+
+
+def cuda_status() -> str:
+    """"CUDA kernels available", or the sentence that says why not."""
+    return _C.cuda_why_not() or "CUDA kernels available"
