@@ -16,6 +16,7 @@ import typer
 
 from halfbyte.cli.errors import plain_errors
 from halfbyte.finetune.config import FinetuneConfig
+from halfbyte.finetune.errors import FinetuneError
 
 DOC = """Fine-tune a language model on a 4-bit base with LoRA.
 
@@ -32,7 +33,7 @@ def command(
     with plain_errors():
         if truncate or skip_long:
             if truncate and skip_long:
-                raise typer.BadParameter("--truncate and --skip-long exclude each other")
+                raise FinetuneError("--truncate and --skip-long exclude each other")
             settings["long_samples"] = "truncate" if truncate else "skip"
         start(FinetuneConfig.load(config, **settings))
 

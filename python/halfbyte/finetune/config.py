@@ -87,7 +87,11 @@ class FinetuneConfig:
         0, "Seed of LoRA's initial values, row order and dropout.", "Training", low=0
     )
 
-    max_length: int = _setting(1024, "Longest sequence, in tokens.", "Sequences", low=2)
+    max_length: int | None = _setting(
+        None,
+        "Longest sequence, in tokens; default: 1024, or the model's own limit if that is less.",
+        "Sequences", low=2,
+    )  # fmt: skip
     long_samples: str = _setting(
         "error", "What to do with a longer row.", "Sequences", choices=LONG_SAMPLES
     )

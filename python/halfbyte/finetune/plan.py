@@ -6,7 +6,7 @@ In order of cost: output folder, data rows, base files, targets, tokenizer, sequ
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.finetune import base as bases
 from halfbyte.finetune.config import FinetuneConfig
@@ -16,6 +16,7 @@ from halfbyte.finetune.errors import FinetuneError
 from halfbyte.finetune.report import Report
 
 RESULT_FILES = ("adapter", "metrics.jsonl", "loss.png", "config.yaml", "run.json")
+DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,10 @@ def check(config: FinetuneConfig, report: Report) -> Plan:
     model_config = bases.load_config(base)
     linear, head = bases.linear_names(model_config)
     bases.check_targets(config.target_modules, linear, head)
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if limit and config.max_length > limit:
-        raise FinetuneError(
-            f"max_length: expected at most the model's {limit} positions, got {config.max_length}"
-        )
     tokenizer = bases.load_tokenizer(base)
     prepare_tokenizer(tokenizer)
     rules = {
-        "max_length": config.max_length,
+        "max_length": _max_length(config, model_config),
         "long_samples": config.long_samples,
         "chat_template": config.chat_template,
     }
@@ -80,6 +76,18 @@ def _read_data(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:
     if config.eval_data is not None:
         return rows, read_rows(config.eval_data)
     return split_rows(rows, config.eval_fraction)
+
+
+def _max_length(config: FinetuneConfig, model_config: PretrainedConfig) -> int:
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if config.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    if positions and config.max_length > positions:
+        raise FinetuneError(
+            f"max_length: expected at most the model's {positions} positions, "
+            f"got {config.max_length}"
+        )
+    return config.max_length
 
 
 def _check_vocabulary(sets: list[EncodedRows | None], vocabulary: int) -> None:

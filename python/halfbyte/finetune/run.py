@@ -118,7 +118,7 @@ def train(plan: Plan, model: PeftModel, report: Report, start: float) -> RunResu
     log = MetricsLog(config.out / "metrics.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
         callback = MetricsCallback(log, report, config.eval_every)
-        trainer = _build_trainer(plan, model, callback, scratch)
+        trainer = build_trainer(plan, model, callback, scratch)
         callback.trainer = trainer
         try:
             if plan.held_out is not None:
@@ -148,7 +148,7 @@ def train(plan: Plan, model: PeftModel, report: Report, start: float) -> RunResu
     return result
 
 
-def _build_trainer(
+def build_trainer(
     plan: Plan, model: PeftModel, callback: MetricsCallback, scratch: str
 ) -> CompletionTrainer:
     config = plan.config

@@ -11,7 +11,6 @@ backbone hands the head the C hidden states that have a label, as one sequence:
 soft-capping, logit scales and auxiliary losses stay TRL's.
 """
 
-import math
 import time
 from typing import Any
 
@@ -53,6 +52,16 @@ class CompletionTrainer(SFTTrainer):
             )
         finally:
             self._learned = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward. Raises FinetuneError, before any update, if the loss is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FinetuneError(
+                f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}; "
+                "try a smaller --lr, a longer --warmup or --dtype fp32"
+            )
+        return loss
 
     def _keep_learned(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook of the backbone: keep the hidden states that predict a label."""
@@ -109,14 +118,9 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, float],
         **_: Any,
     ) -> None:
-        """Record one step. Raises FinetuneError if its loss is not finite."""
+        """Record one step, and measure the held-out loss when it is due."""
         if "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise FinetuneError(
-                f"step {state.global_step}: expected a finite loss, got {logs['loss']}; "
-                "try a smaller --lr, a longer --warmup or --dtype fp32"
-            )
         now = time.perf_counter()
         tokens = int(logs["num_tokens"]) - self._tokens
         record = StepRecord(

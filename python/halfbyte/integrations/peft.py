@@ -82,10 +82,8 @@ class LoraLinear(PeftLoraLinear):
         adapter = None if args or kwargs else self._fusable_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
-        p = self._dropout_probability(adapter)
-        # Drawn from torch's default generator, whose state gradient checkpointing restores: the
-        # recomputed forward pass gets the same mask.
-        seed = int(torch.randint(2**62, ())) if p > 0.0 else None
+        # The dropout seed is drawn inside, from torch's default generator, whose state gradient
+        # checkpointing restores: the recomputed forward pass gets the same mask.
         return halfbyte.lora_linear(
             x,
             self.base_layer.nf4_weight,
@@ -93,8 +91,7 @@ class LoraLinear(PeftLoraLinear):
             self.lora_B[adapter].weight,
             self.scaling[adapter],
             bias=self.base_layer.bias,
-            dropout=p,
-            seed=seed,
+            dropout=self._dropout_probability(adapter),
         )
 
     def _fusable_adapter(self) -> str | None:
@@ -134,39 +131,21 @@ class LoraLinear(PeftLoraLinear):
         """What PEFT puts in this layer's place for unload() and merge_and_unload().
 
         merge=False gives the 4-bit base layer back, merge=True a dense nn.Linear
-        W = deq(W) + sum of scaling * B A, computed in fp32, in the base's own dtype.
+        W = deq(W) + sum of scaling * B A, summed in fp32, in the dtype the base was packed from.
         """
         if not merge:
             return self.base_layer
-        weight = self.base_layer.nf4_weight.dequantize(torch.float32)
-        bias = self.base_layer.bias
+        dense = self.base_layer.to_linear(torch.float32)
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
             if name in self.lora_variant or self.lora_B[name].bias is not None:
                 raise NotImplementedError(f"adapter {name!r}: only plain LoRA can be merged")
-            weight += self.get_delta_weight(name).float()
-            if safe_merge and not torch.isfinite(weight).all():
-                raise ValueError(
-                    f"adapter {name!r}: expected finite merged weights, got NaN or inf"
-                )
-        return _dense_linear(weight, bias, _dense_dtype(self.base_layer))
+            dense.weight.data += self.get_delta_weight(name).detach().float()
+            if safe_merge and not torch.isfinite(dense.weight).all():
+                raise ValueError(f"adapter {name!r}: expected finite weights, got NaN or infinity")
+        return dense.to(self.base_layer.weight_dtype)
 
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _dense_dtype(base_layer: NF4Linear) -> torch.dtype:
-    """The dtype the base weight had before it was packed."""
-    return getattr(base_layer.nf4_weight, "dtype", torch.float32)
-
-
-def _dense_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        linear = nn.Linear(in_features, out_features, bias=bias is not None)
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return linear
