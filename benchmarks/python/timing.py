@@ -1,0 +1,69 @@
+"""Timing helpers: everything that is compared runs interleaved in one process, minimum of many."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]], repeats: int = 15, seconds: float = 1.0
+) -> dict[str, float]:
+    """Minimum wall time in ms of each call, A B C A B C ..., up to `repeats` or `seconds` a call."""
+    best = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    spent = 0.0
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            best[name] = min(best[name], elapsed * 1e3)
+            spent += elapsed
+        if spent > seconds * len(calls):
+            break
+    return best
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """One row a case, with machine and commit, beside older results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], "machine", "commit"])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**row, "machine": machine(), "commit": commit()})
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    """A pasteable Markdown table."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
+        print("| " + " | ".join(cells) + " |")
