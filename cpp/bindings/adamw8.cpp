@@ -55,10 +55,10 @@ AdamW8Tensor tensor_of_row(const int64_t* row) {
 
 std::vector<AdamW8Tensor> tensors_of_table(const py::buffer& table) {
   const py::buffer_info info = table.request();
-  HALFBYTE_CHECK(info.ndim == 1 && info.itemsize == 8 && info.strides[0] == 8 &&
-                     info.size % kColumns == 0,
-                 "table: expected contiguous int64 rows of ", int(kColumns), " columns, got ",
-                 info.size, " items of ", info.itemsize, " bytes");
+  HALFBYTE_CHECK(
+      info.ndim == 1 && info.itemsize == 8 && info.strides[0] == 8 && info.size % kColumns == 0,
+      "table: expected contiguous int64 rows of ", int(kColumns), " columns, got ", info.size,
+      " items of ", info.itemsize, " bytes");
   const int64_t* rows = static_cast<const int64_t*>(info.ptr);
   std::vector<AdamW8Tensor> tensors;
   tensors.reserve(info.size / kColumns);

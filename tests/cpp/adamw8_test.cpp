@@ -40,7 +40,9 @@ class Guarded {
   std::vector<uint8_t> storage_;
 };
 
-int64_t width(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+int64_t width(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // One parameter with its gradient and state.
 struct Problem {
@@ -122,8 +124,8 @@ std::vector<std::string> usable_variants() {
   return names;
 }
 
-AdamW8Result step(const std::string& variant, std::vector<Problem*> problems, AdamW8Group group = {},
-                  int threads = 1) {
+AdamW8Result step(const std::string& variant, std::vector<Problem*> problems,
+                  AdamW8Group group = {}, int threads = 1) {
   AdamW8Params params;
   for (Problem* problem : problems) params.tensors.push_back(problem->tensor());
   params.groups = {group};
@@ -152,10 +154,14 @@ enum class Gradients { kNormal, kLogNormal, kSparse, kWild };
 float draw(std::mt19937_64& random, Gradients kind) {
   std::normal_distribution<float> normal;
   switch (kind) {
-    case Gradients::kNormal: return normal(random);
-    case Gradients::kLogNormal: return normal(random) * std::exp(3 * normal(random));
-    case Gradients::kSparse: return random() % 4 == 0 ? normal(random) : 0.0f;
-    case Gradients::kWild: break;
+    case Gradients::kNormal:
+      return normal(random);
+    case Gradients::kLogNormal:
+      return normal(random) * std::exp(3 * normal(random));
+    case Gradients::kSparse:
+      return random() % 4 == 0 ? normal(random) : 0.0f;
+    case Gradients::kWild:
+      break;
   }
   for (;;) {  // any finite bit pattern
     const uint32_t bits = static_cast<uint32_t>(random());
@@ -210,9 +216,8 @@ TEST(AdamW8, VariantsMatchReferenceOnEveryKindOfGradient) {
   for (const std::string& variant : usable_variants())
     for (AdamW8State state : kStates)
       for (Gradients kind : {Gradients::kNormal, Gradients::kSparse, Gradients::kWild})
-        for (const AdamW8Group& group :
-             {AdamW8Group{}, AdamW8Group{1e-2, 0.5, 0.9, 0, 0.1, true},
-              AdamW8Group{1, 0, 0, 1e-30, 0, false}})
+        for (const AdamW8Group& group : {AdamW8Group{}, AdamW8Group{1e-2, 0.5, 0.9, 0, 0.1, true},
+                                         AdamW8Group{1, 0, 0, 1e-30, 0, false}})
           compare(variant, 5000, state, DType::kFloat32, DType::kFloat32, 0, kind, 6, group);
 }
 
@@ -225,7 +230,10 @@ void expect_nearest_codes(const std::string& variant, AdamW8State state) {
   std::vector<float> probes;
   for (int i = 0; i < 255; ++i) {
     const float middle = static_cast<float>((double(values[i]) + double(values[i + 1])) / 2);
-    for (float x : {middle, std::nextafterf(middle, -2), std::nextafterf(middle, 2), values[i]}) {
+    const float step = (values[i + 1] - values[i]) / 4096;  // encoders doubt their arithmetic there
+    for (float x : {middle, std::nextafterf(middle, -2), std::nextafterf(middle, 2), values[i],
+                    middle - 0.4f * step, middle - 0.6f * step, middle - step, middle + step,
+                    middle + 1.4f * step, middle + 1.6f * step}) {
       if (probes.size() % 256 == 255) probes.push_back(1.0f);
       probes.push_back(x);
     }
@@ -311,7 +319,8 @@ TEST(AdamW8, ExtremeGradientsStayFinite) {
           step(variant, {&problem});
           for (int64_t i = 0; i < 1000; ++i) {
             ASSERT_TRUE(std::isfinite(problem.param.as<float>()[i])) << variant << " size " << size;
-            ASSERT_LE(std::fabs(problem.param.as<float>()[i]), 0.05f) << variant << " size " << size;
+            ASSERT_LE(std::fabs(problem.param.as<float>()[i]), 0.05f)
+                << variant << " size " << size;
           }
           for (int64_t b = 0; problem.coded() && b < problem.blocks(); ++b) {
             ASSERT_TRUE(std::isfinite(problem.exp_avg_absmax.as<float>()[b]));
@@ -355,7 +364,8 @@ TEST(AdamW8, BadArgumentsSayWhatWasExpected) {
     return std::string();
   };
   EXPECT_EQ(message([](AdamW8Params&) {}), "");
-  EXPECT_NE(message([](AdamW8Params& p) { p.groups[0].beta1 = 1; }).find("beta1"), std::string::npos);
+  EXPECT_NE(message([](AdamW8Params& p) { p.groups[0].beta1 = 1; }).find("beta1"),
+            std::string::npos);
   EXPECT_NE(message([](AdamW8Params& p) { p.groups[0].lr = NAN; }).find("lr"), std::string::npos);
   EXPECT_NE(message([](AdamW8Params& p) { p.groups[0].eps = -1; }).find("eps"), std::string::npos);
   EXPECT_NE(message([](AdamW8Params& p) { p.groups[0].weight_decay = -1; }).find("weight_decay"),
@@ -364,10 +374,12 @@ TEST(AdamW8, BadArgumentsSayWhatWasExpected) {
             std::string::npos);
   EXPECT_NE(message([](AdamW8Params& p) { p.tensors[0].grad = nullptr; }).find("grad"),
             std::string::npos);
-  EXPECT_NE(message([](AdamW8Params& p) { p.tensors[0].grad_dtype = DType::kFloat16; }).find("grad"),
-            std::string::npos);
-  EXPECT_NE(message([](AdamW8Params& p) { p.tensors[0].param_dtype = DType::kUInt8; }).find("param"),
-            std::string::npos);
+  EXPECT_NE(
+      message([](AdamW8Params& p) { p.tensors[0].grad_dtype = DType::kFloat16; }).find("grad"),
+      std::string::npos);
+  EXPECT_NE(
+      message([](AdamW8Params& p) { p.tensors[0].param_dtype = DType::kUInt8; }).find("param"),
+      std::string::npos);
   EXPECT_NE(message([](AdamW8Params& p) { p.tensors[0].exp_avg_absmax = nullptr; }).find("absmax"),
             std::string::npos);
 }

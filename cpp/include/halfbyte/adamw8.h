@@ -1,5 +1,5 @@
-// Blockwise 8-bit AdamW: one call updates every tensor of an optimizer step, on all threads, without
-// temporaries. The state's formats and the exact arithmetic are in adamw8_format.h.
+// Blockwise 8-bit AdamW: one call updates every tensor of an optimizer step, on all threads,
+// without temporaries. The state's formats and the exact arithmetic are in adamw8_format.h.
 #pragma once
 
 #include <vector>

@@ -1,5 +1,5 @@
-// 8-bit AdamW: how a tensor keeps its moments, and the exact arithmetic of one step. Plain C, shared
-// by kernels and CUDA.
+// 8-bit AdamW: how a tensor keeps its moments, and the exact arithmetic of one step. Plain C,
+// shared by kernels and CUDA.
 //
 // State of a tensor, over its flattened elements in blocks of 256 (a short last block has its own
 // scale); U and S are the unsigned and the signed 8-bit dynamic map (dynamic8_format.h):
@@ -8,14 +8,14 @@
 //   kMoments   v = U[v_code] * v_absmax          m = S[m_code] * m_absmax
 //   kFloat32   m, v as stored
 //
-// kRatio keeps sqrt(v) and m / sqrt(v): the ratio is bounded, so one large coordinate does not drown
-// the rest of its block, and the root halves v's range of exponents. 2 + 2 * 4 / 256 = 2.031 bytes a
-// parameter for both 8-bit states.
+// kRatio keeps sqrt(v) and m / sqrt(v): the ratio is bounded, so one large coordinate does not
+// drown the rest of its block, and the root halves v's range of exponents. 2 + 2 * 4 / 256 = 2.031
+// bytes a parameter for both 8-bit states.
 //
-// THE CONTRACT. Every backend produces these bits. All arithmetic is fp32, each operation rounded to
-// nearest even on its own (no fused multiply-add), subnormals kept. Scalars are computed in fp64 and
-// rounded once: b1, b2, c1 = 1 - b1 (its negative when maximizing), c2 = 1 - b2, eps,
-// decay = 1 - lr * weight_decay, size = lr / (1 - b1^t), root = 1 / sqrt(1 - b2^t); t counts from 1.
+// THE CONTRACT. Every backend produces these bits. All arithmetic is fp32, each operation rounded
+// to nearest even on its own (no fused multiply-add), subnormals kept. Scalars are computed in fp64
+// and rounded once: b1, b2, c1 = 1 - b1 (its negative when maximizing), c2 = 1 - b2, eps, decay = 1
+// - lr * weight_decay, size = lr / (1 - b1^t), root = 1 / sqrt(1 - b2^t); t counts from 1.
 //
 //   m = b1 * m + c1 * g
 //   v = b2 * v + (c2 * g) * g
@@ -26,9 +26,9 @@
 //
 // and the fresh moments are encoded:
 //
-//   where v overflowed to infinity: m = 0 (the step above was m / inf = 0; the entry restarts)
-//   scale(values, cap): A = max |value|; a non-zero A is clamped to [2^-126, cap]; inverse is 1 / A,
-//       and 0 for A = 0
+//   m = 0 where v overflowed to infinity (the step above was m / inf = 0; the entry starts afresh)
+//   scale and inverse of a block: A = max |value|; a non-zero A is clamped to [2^-126, cap];
+//       absmax = A, inverse = A == 0 ? 0 : 1 / A
 //   x = value * inverse
 //   m_code = #{i : x > signed threshold i}        the nearest value, a tie goes down
 //   v_code = value == 0 ? 0 : max(1, #{i : x > unsigned threshold i})     never flushed to zero
@@ -36,9 +36,9 @@
 //   kRatio     encode s with cap sqrt(FLT_MAX) rounded down, and r = s == 0 ? 0 : m / s with cap
 //              FLT_MAX
 //
-// r is taken against the fresh s, not the decoded one: decoding then gives back m / s, the direction
-// of the step, without the error of s's own code (over 200 steps at gradient scales of log-normal
-// sigma 3 it brings the distance to fp32 AdamW from .26 of its path to .21).
+// r is taken against the fresh s, not the decoded one: decoding then gives back m / s, the
+// direction of the step, without the error of s's own code (over 200 steps at gradient scales of
+// log-normal sigma 3 it brings the distance to fp32 AdamW from .26 of its path to .21).
 //
 // A zero gradient on zero state leaves the parameter as it is (times decay).
 #pragma once

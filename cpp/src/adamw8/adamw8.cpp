@@ -1,8 +1,8 @@
 // Checks, rounded scalars, hand-out of blocks to threads, and the variant table of 8-bit AdamW.
 //
 // The blocks of all tensors form one list, cut into tasks of 64 blocks: hundreds of small matrices
-// cost what one large one costs. Blocks do not depend on each other, so results are the same for any
-// thread count.
+// cost what one large one costs. Blocks do not depend on each other, so results are the same for
+// any thread count.
 #include "halfbyte/adamw8.h"
 
 #include <algorithm>
@@ -49,8 +49,7 @@ void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups) {
   HALFBYTE_CHECK(t.group >= 0 && t.group < static_cast<int64_t>(groups), "tensor ", i,
                  ": group: expected 0 .. ", groups - 1, ", got ", t.group);
   HALFBYTE_CHECK(is_float(t.param_dtype), "tensor ", i,
-                 ": param: expected float32, bfloat16 or float16, got ",
-                 dtype_name(t.param_dtype));
+                 ": param: expected float32, bfloat16 or float16, got ", dtype_name(t.param_dtype));
   HALFBYTE_CHECK(t.grad_dtype == t.param_dtype || t.grad_dtype == DType::kFloat32, "tensor ", i,
                  ": grad: expected ", dtype_name(t.param_dtype), " or float32, got ",
                  dtype_name(t.grad_dtype));
@@ -60,8 +59,10 @@ void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups) {
   HALFBYTE_CHECK(t.param && t.grad && t.exp_avg && t.exp_avg_sq, "tensor ", i,
                  ": param, grad, exp_avg and exp_avg_sq must all be given");
   const bool coded = t.state != AdamW8State::kFloat32;
-  HALFBYTE_CHECK((t.exp_avg_absmax != nullptr) == coded && (t.exp_avg_sq_absmax != nullptr) == coded,
-                 "tensor ", i, ": absmax: expected ", coded ? "both, for 8-bit state" : "none, for float32 state");
+  HALFBYTE_CHECK(
+      (t.exp_avg_absmax != nullptr) == coded && (t.exp_avg_sq_absmax != nullptr) == coded,
+      "tensor ", i, ": absmax: expected ",
+      coded ? "both, for 8-bit state" : "none, for float32 state");
 }
 
 AdamW8Scalars make_scalars(const AdamW8Group& group, double t) {
@@ -106,7 +107,8 @@ void for_parts(const AdamW8Run& run, int64_t task, Body&& body) {
   const std::vector<int64_t>& first_block = run.first_block;
   int64_t at = task * kBlocksPerTask;
   const int64_t end = std::min(at + kBlocksPerTask, first_block.back());
-  size_t tensor = std::upper_bound(first_block.begin(), first_block.end(), at) - first_block.begin() - 1;
+  size_t tensor =
+      std::upper_bound(first_block.begin(), first_block.end(), at) - first_block.begin() - 1;
   for (; at < end; ++tensor) {
     const int64_t last = std::min(end, first_block[tensor + 1]);
     if (last > at) body(tensor, at - first_block[tensor], last - first_block[tensor]);

@@ -43,13 +43,13 @@ inline Vec magnitude_at_least(Vec v, Vec smallest) {
   return vec_max(vec_abs(v), smallest);
 }
 
-// Gathers whether any code is in doubt. Adding 3072.5 leaves y + 0.5 in 4096ths in the low bits: 0 or
-// 1 there means that y lies between 0.5 4096ths below and 1.5 above the middle of two codes.
+// Gathers whether any code is in doubt. Adding 3072.5 leaves y + 0.5 in 4096ths in the low bits: 0
+// or 1 there means that y lies between 0.5 4096ths below and 1.5 above the middle of two codes.
 class Doubt {
  public:
   void near_half(Vec y) {
-    const Bits fraction = _mm256_and_si256(_mm256_castps_si256(add(y, splat(3072.5f))),
-                                           _mm256_set1_epi32(0xFFE));
+    const Bits fraction =
+        _mm256_and_si256(_mm256_castps_si256(add(y, splat(3072.5f))), _mm256_set1_epi32(0xFFE));
     any_ = _mm256_or_si256(any_, _mm256_cmpeq_epi32(fraction, _mm256_setzero_si256()));
   }
   void where_equal(Vec a, Vec b) {

@@ -48,17 +48,15 @@ inline Vec magnitude_at_least(Vec v, Vec smallest) {
   return _mm512_range_ps(v, smallest, 0xB);  // the larger magnitude, sign cleared
 }
 
-// Gathers whether any code is in doubt. Adding 3072.5 leaves y + 0.5 in 4096ths in the low bits: 0 or
-// 1 there means that y lies between 0.5 4096ths below and 1.5 above the middle of two codes.
+// Gathers whether any code is in doubt. Adding 3072.5 leaves y + 0.5 in 4096ths in the low bits: 0
+// or 1 there means that y lies between 0.5 4096ths below and 1.5 above the middle of two codes.
 class Doubt {
  public:
   void near_half(Vec y) {
     const Bits fraction = _mm512_castps_si512(add(y, splat(3072.5f)));
     clear_ = _mm512_mask_test_epi32_mask(clear_, fraction, _mm512_set1_epi32(0xFFE));
   }
-  void where_equal(Vec a, Vec b) {
-    differ_ = _mm512_mask_cmp_ps_mask(differ_, a, b, _CMP_NEQ_UQ);
-  }
+  void where_equal(Vec a, Vec b) { differ_ = _mm512_mask_cmp_ps_mask(differ_, a, b, _CMP_NEQ_UQ); }
   bool any() const { return (clear_ & differ_) != 0xFFFF; }
 
  private:
@@ -75,8 +73,7 @@ inline Vec look_up_values(const float* table, Vec index) {
   return _mm512_i32gather_ps(_mm512_cvttps_epi32(index), table, 4);
 }
 inline void store_low_bytes(uint8_t* out, Vec v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                   _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
 }
 
 // Lines by exponent: 32 entries a table, in two registers.
@@ -178,7 +175,8 @@ inline void decode(const SignedDecoder& map, const uint8_t* codes, Vec out[2]) {
   const __mmask32 one = _mm512_test_epi16_mask(k, _mm512_set1_epi16(128));
   Bits high = look_up_128(map.high, k, bit6);
   high = _mm512_mask_mov_epi16(high, one, _mm512_set1_epi16(0x3F80));
-  high = _mm512_ternarylogic_epi32(high, distance, _mm512_set1_epi16(INT16_MIN), 0xF8);  // a | (b & c)
+  high =
+      _mm512_ternarylogic_epi32(high, distance, _mm512_set1_epi16(INT16_MIN), 0xF8);  // a | (b & c)
   join_words(look_up_128(map.low, k, bit6), high, out);
 }
 

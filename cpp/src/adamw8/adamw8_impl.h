@@ -9,13 +9,13 @@ namespace halfbyte {
 
 // One dynamic map, with what a vector encoder needs.
 //
-// Each decade of the map is evenly spaced, so the code of a magnitude is near slope * x + offset with
-// the line of its decade ("piece"). Pieces are told apart exactly, by comparing with the threshold
-// between them (`bound`, the last is infinite); `cap` keeps the wide gap above a piece on its last
-// code. Whoever lands near the middle of two codes, or on `tie` (the one bound that fp32 holds
-// exactly, where the sign decides), is settled by `thresholds`; a line's own error is below 5e-5 codes
-// (the last bits of 128 * x, of slope and offset, and of the map's values). Lines count k = code for
-// the unsigned map, k = |code - 127| for the signed one.
+// Each decade of the map is evenly spaced, so the code of a magnitude is near slope * x + offset
+// with the line of its decade ("piece"). Pieces are told apart exactly, by comparing with the
+// threshold between them (`bound`, the last is infinite); `cap` keeps the wide gap above a piece on
+// its last code. Whoever lands near the middle of two codes, or on `tie` (the one bound that fp32
+// holds exactly, where the sign decides), is settled by `thresholds`; a line's own error is below
+// 5e-5 codes (the last bits of 128 * x, of slope and offset, and of the map's values). Lines count
+// k = code for the unsigned map, k = |code - 127| for the signed one.
 struct DynamicMapTables {
   float values[256];
   float thresholds[256];  // [255] is infinite
@@ -27,8 +27,8 @@ struct DynamicMapTables {
   alignas(64) float bound[32], slope[32], offset[32], cap[32];
   float tie;
   float smallest;  // magnitudes are raised to this: it has the same code, and an exponent in range
-  // The bit patterns of values[0..255] (unsigned map) or values[127..254] (signed map: magnitudes of
-  // k = 0..127) as two planes of 16-bit words.
+  // The bit patterns of values[0..255] (unsigned map) or values[127..254] (signed map: magnitudes
+  // of k = 0..127) as two planes of 16-bit words.
   alignas(64) uint16_t low_words[256], high_words[256];
 };
 
