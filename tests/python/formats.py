@@ -1,0 +1,93 @@
+"""Tables, awkward tensors and variant lists that several test files share.
+
+Tables come from the one place that holds them: levels from the compiled module, thresholds as their
+fp32 midpoints, ranks from the C++ header.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte._native import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+CODEBOOKS = ("nf4", "fp4", "int4")
+BLOCK_SIZES = tuple(2**i for i in range(5, 13))
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def variant_params(*ops: str) -> list:
+    """Every variant of `ops`, by name; one that cannot run here is skipped with its own sentence.
+
+    For `parametrize("variant", variant_params(op), indirect=True)`: a variant that is added to a
+    table is tested with no edit.
+    """
+    why_not: dict[str, str] = {}
+    for op in ops:
+        for row in halfbyte.variants()[op]:
+            if why_not.get(row["name"]) != "":
+                why_not[row["name"]] = row["why_not"]
+    return [
+        pytest.param(name, id=name, marks=[pytest.mark.skip(f"{name}: {why}")] if why else [])
+        for name, why in why_not.items()
+    ]
+
+
+def levels_of(codebook: str) -> torch.Tensor:
+    return torch.tensor(_C.codebook_levels(codebook), dtype=torch.float32)
+
+
+def thresholds_of(codebook: str) -> torch.Tensor:
+    """fp32 midpoints of neighbouring levels."""
+    ascending = levels_of(codebook).sort().values
+    return (ascending[1:] + ascending[:-1]) / 2
+
+
+def ranks_of(codebook: str) -> torch.Tensor:
+    """code_of_rank, from the header: the code of the i-th smallest level."""
+    text = (ROOT / "cpp/include/halfbyte/codebook.h").read_text()
+    entry = text[text.index(f'{{"{codebook}",') :]
+    lists = re.findall(r"\{([0-9, ]+)\}", entry)
+    ranks = [int(code) for code in lists[0].split(",")]
+    assert len(ranks) == 16
+    return torch.tensor(ranks)
+
+
+def zero_code_of(codebook: str) -> int:
+    """The code of x == 0."""
+    return int(ranks_of(codebook)[int((thresholds_of(codebook) < 0).sum())])
+
+
+def signed_map() -> torch.Tensor:
+    return torch.tensor(_C.signed_dynamic_map(), dtype=torch.float32)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal dtype, shape and bytes; -0 differs from 0, a NaN equals itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def rough(shape, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal values over many scales, with zeros of both signs among them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    values *= torch.exp2(torch.randint(-12, 3, tuple(shape), generator=generator))
+    zero = torch.rand(tuple(shape), generator=generator)
+    values = torch.where(zero < 0.05, 0.0, values)
+    values = torch.where(zero > 0.97, -0.0, values)
+    return values.to(dtype)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of `want`."""
+    difference = (got.double() - want.double()).norm()
+    return float(difference / want.double().norm().clamp_min(1e-300))
