@@ -16,6 +16,9 @@ constexpr std::initializer_list<DType> kFloats = {DType::kFloat32, DType::kBFloa
 // Below this many multiply-adds bf16 arithmetic gains nothing, and fp32 is more exact.
 constexpr int64_t kSmallProduct = 1 << 16;
 
+// Well below 1, so that noise in the measurement does not change the choice from run to run.
+constexpr double kWorthwhileSpeedup = 0.75;
+
 DType activation_dtype(const ForwardArgs& args) {
   return args.x.dtype;
 }
@@ -51,6 +54,9 @@ std::string needs_avx512bf16(const Args& args) {
   if (multiply_adds(args) < kSmallProduct)
     return concat("fp32 arithmetic is as fast and more exact below ", kSmallProduct,
                   " multiply-adds, this product has ", multiply_adds(args));
+  if (bf16_speedup() < kWorthwhileSpeedup)
+    return concat("bf16 arithmetic was measured at ", bf16_speedup(),
+                  " times the speed of fp32 on this processor");
   return "";
 }
 

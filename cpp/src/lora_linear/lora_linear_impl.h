@@ -102,7 +102,7 @@ struct FewRows {
   float* out;             // [rows][out_stride]
   int64_t out_stride;
 };
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 8;
 constexpr int64_t kFewRowsChunk = 128;  // the longest chunk of any variant
 
 struct PanelKernels {
@@ -128,6 +128,10 @@ const PanelKernels& panel_kernels_portable();
 const PanelKernels& panel_kernels_avx2();
 const PanelKernels& panel_kernels_avx512();
 const PanelKernels& panel_kernels_avx512bf16();
+
+// How many times faster bf16 pairs are than fp32 units on this processor, measured once. Call it only
+// where AVX512-BF16 is there.
+double bf16_speedup();
 
 void forward_with_panels(const PanelKernels& kernels, const ForwardArgs& args);
 // M <= kFewRows, K % 64 == 0, blocks of at least 64.
