@@ -257,12 +257,12 @@ void run_skinny(const Driver& driver, const Staged& in, const DropoutMask& mask,
 // d[r, lane] = sum_m left[m, r] drop(right)[m, lane], for each panel of lanes: dA directly, dB by way
 // of a transposed store with the scale. `bias` receives the column sums of `right`.
 struct OuterProduct {
-  Matrix left{};   // [M, R]; data null: only the column sums
+  Matrix left{};   // [M, R]
   Matrix right{};  // [M, lanes]
   DropoutMask mask{0, 0, 1};
   float scale = 1;
   bool transpose_out = false;
-  Matrix out{};
+  Matrix out{};  // data null: only the column sums
   Matrix column_sums{};
 };
 
@@ -284,7 +284,7 @@ void sum_columns(const OuterProduct& o, int64_t lane, int lanes) {
 }
 
 void run_outer(const Driver& driver, const OuterProduct& o) {
-  const int64_t rows = o.right.rows, ranks = o.left.data ? o.left.cols : 0;
+  const int64_t rows = o.right.rows, ranks = o.out.data ? o.left.cols : 0;
   const Staged left = ranks ? stage_transposed(driver, o.left) : Staged{};
   PanelSource source = matrix_source(o.right);
   source.dropout = o.mask;
