@@ -16,6 +16,17 @@ def blocks_of(flat: torch.Tensor, block_size: int) -> torch.Tensor:
     return torch.nn.functional.pad(flat, (0, padding)).view(-1, block_size)
 
 
+def _reciprocal(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inverse, lift) with x / absmax = x * lift * inverse: 1 / absmax and 1, or 0 for absmax = 0.
+
+    Where 1 / absmax overflows (a subnormal absmax) both factors are scaled by 2^100.
+    """
+    inverse = 1.0 / absmax
+    tiny = inverse.isinf() & (absmax > 0)
+    inverse = torch.where(tiny, 1.0 / (absmax * 2.0**100), inverse)
+    return torch.where(absmax > 0, inverse, 0.0), torch.where(tiny, 2.0**100, 1.0)
+
+
 def quantize(
     weight: torch.Tensor,
     thresholds: torch.Tensor,
@@ -25,11 +36,7 @@ def quantize(
     """(packed uint8, absmax float32): x = w * (1 / absmax), code = code_of_rank[#{x > threshold}]."""
     blocks = blocks_of(weight.reshape(-1).float(), block_size)
     absmax = blocks.abs().amax(1)
-    inverse = 1.0 / absmax
-    tiny = inverse.isinf() & (absmax > 0)  # subnormal: scale both factors by 2^100
-    inverse = torch.where(tiny, 1.0 / (absmax * 2.0**100), inverse)
-    inverse = torch.where(absmax > 0, inverse, 0.0)
-    lift = torch.where(tiny, 2.0**100, 1.0)
+    inverse, lift = _reciprocal(absmax)
     x = (blocks * lift[:, None] * inverse[:, None]).view(-1)[: weight.numel() + weight.numel() % 2]
     if x.numel() < weight.numel() + weight.numel() % 2:
         x = torch.nn.functional.pad(x, (0, 1))
@@ -52,8 +59,8 @@ def double_quantize(
     if absmax.numel() % 256:
         blocks[-1, absmax.numel() % 256 :] = 0
     nested = blocks.abs().amax(1)
-    inverse = torch.where(nested > 0, 1.0 / nested, 0.0)
-    codes = encode_dynamic(blocks * inverse[:, None], values)
+    inverse, lift = _reciprocal(nested)
+    codes = encode_dynamic(blocks * lift[:, None] * inverse[:, None], values)
     return codes.view(-1)[: absmax.numel()], nested
 
 
@@ -90,7 +97,7 @@ _MASK64 = 2**64 - 1
 
 def dropout_factor(p: float, seed: int, rows: int, columns: int) -> torch.Tensor:
     """[rows, columns] float64: 1 / (1 - p) where kept, 0 where dropped (see dropout_format.h)."""
-    threshold = min(int(p * 2**32 + 0.5), 2**32 - 1)
+    threshold = int(p * 2**32 + 0.5)  # 2^32 and no hash reaches it: everything dropped
     column = torch.arange(columns, dtype=torch.int64)
     kept = torch.empty(rows, columns, dtype=torch.bool)
     for row in range(rows):

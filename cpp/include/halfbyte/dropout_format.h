@@ -24,8 +24,9 @@ constexpr uint32_t kDropoutMix1 = 0x21F0AAADu;
 constexpr uint32_t kDropoutMix2 = 0x735A2D97u;
 
 static inline DropoutMask make_dropout_mask(double p, uint64_t seed) {
-  if (p >= 1) return {seed, 0xFFFFFFFFu, 0.0f};  // everything dropped
-  return {seed, static_cast<uint32_t>(p * 4294967296.0 + 0.5), static_cast<float>(1.0 / (1.0 - p))};
+  const double threshold = p * 4294967296.0 + 0.5;
+  if (threshold >= 4294967296.0) return {seed, 0xFFFFFFFFu, 0.0f};  // everything dropped
+  return {seed, static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
 }
 
 static inline uint64_t dropout_row_key(const DropoutMask& mask, int64_t row) {
