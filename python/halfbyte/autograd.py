@@ -130,6 +130,8 @@ def lora_linear(
         seed = new_seed(x.device)
     elif not isinstance(seed, torch.Tensor):
         seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     out_features, in_features = weight.shape
     if x.shape[-1] != in_features:
         raise ValueError(
