@@ -226,6 +226,8 @@ def test_double_quantization_at_the_ends_of_the_range(size):
     absmax = torch.arange(1, 400).float() * size
     offset = absmax.mean().reshape(1)
     codes, nested = torch.ops.halfbyte.double_quantize(absmax, offset)
+    expected = reference.double_quantize(absmax, offset, signed_map())
+    assert torch.equal(codes, expected[0]) and same_bits(nested, expected[1])
     difference = (absmax - offset).double()
     for first in (0, 256):
         part = difference[first : first + 256]
