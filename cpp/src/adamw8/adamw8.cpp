@@ -178,6 +178,11 @@ void run_step(const AdamW8Run& run) {
   for (const AdamW8Tensor& t : params.tensors) *t.step += 1;
 }
 
+// Named after the build rule of its file; VBMI is what it uses, BF16 comes with the flags.
+std::string needs_vbmi(const AdamW8Run&) {
+  const CpuFeatures& cpu = cpu_features();
+  return cpu.avx512_bf16 && cpu.avx512_vbmi ? "" : "needs AVX-512 VBMI and BF16";
+}
 std::string needs_avx512(const AdamW8Run&) {
   return cpu_features().avx512 ? "" : "needs AVX-512 F, BW, DQ and VL";
 }
@@ -190,6 +195,7 @@ std::string always(const AdamW8Run&) {
 
 const Variant<AdamW8Run> kAdamW8Table[] = {
 #if defined(__x86_64__)
+    {"avx512bf16", needs_vbmi, run_step<adamw8_finite_avx512bf16, adamw8_update_avx512bf16>},
     {"avx512", needs_avx512, run_step<adamw8_finite_avx512, adamw8_update_avx512>},
     {"avx2", needs_avx2, run_step<adamw8_finite_avx2, adamw8_update_avx2>},
 #endif

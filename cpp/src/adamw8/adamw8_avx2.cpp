@@ -8,6 +8,8 @@ namespace halfbyte {
 namespace {
 #include "simd/avx2.inc"
 
+constexpr int kGroup = 32;  // elements decoded at a time
+
 inline Vec sub(Vec a, Vec b) {
   return _mm256_sub_ps(a, b);
 }

@@ -30,6 +30,7 @@ struct DynamicMapTables {
   // The bit patterns of values[0..255] (unsigned map) or values[127..254] (signed map: magnitudes
   // of k = 0..127) as two planes of 16-bit words.
   alignas(64) uint16_t low_words[256], high_words[256];
+  alignas(64) uint8_t bytes[4][256];
 };
 
 struct AdamW8Tables {
@@ -53,6 +54,8 @@ void adamw8_update_reference(const AdamW8Span& span);
 bool adamw8_finite_reference(const void* data, DType dtype, int64_t count);
 void adamw8_update_avx2(const AdamW8Span& span);
 bool adamw8_finite_avx2(const void* data, DType dtype, int64_t count);
+void adamw8_update_avx512bf16(const AdamW8Span& span);
+bool adamw8_finite_avx512bf16(const void* data, DType dtype, int64_t count);
 void adamw8_update_avx512(const AdamW8Span& span);
 bool adamw8_finite_avx512(const void* data, DType dtype, int64_t count);
 

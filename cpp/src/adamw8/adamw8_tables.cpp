@@ -68,6 +68,8 @@ static void make_map(DynamicMap map, DynamicMapTables& tables) {
     const uint32_t bits = code < 256 ? bits_of_float(tables.values[code]) : 0;
     tables.low_words[i] = static_cast<uint16_t>(bits);
     tables.high_words[i] = static_cast<uint16_t>(bits >> 16);
+    for (int plane = 0; plane < 4; ++plane)
+      tables.bytes[plane][i] = static_cast<uint8_t>(bits >> 8 * plane);
   }
 }
 

@@ -17,7 +17,7 @@ int64_t quantize_blocks_avx2(const QuantizeArgs& args, int64_t begin, int64_t en
 
 void dequantize_span_avx2(const Nf4Bits& bits, int64_t begin, int64_t count, DType dtype,
                           void* out) {
-  decode_span(bits, begin, count, dtype, dtype, out);
+  dequantize_span(bits, begin, count, dtype, out);
 }
 
 }  // namespace halfbyte
