@@ -49,7 +49,10 @@ def entry_names(state: dict, prefix: str) -> list[str]:
 
 
 def to_entries(weight: NF4Weight, prefix: str) -> dict[str, torch.Tensor]:
-    """Checkpoint entries of `weight` under `prefix` ("layer.weight"). Tensors share memory."""
+    """Checkpoint entries of `weight` under `prefix` ("layer.weight").
+
+    Tensors share the weight's memory; standard tables are copies.
+    """
     state = {
         "quant_type": weight.codebook,
         "blocksize": weight.block_size,
@@ -61,7 +64,7 @@ def to_entries(weight: NF4Weight, prefix: str) -> dict[str, torch.Tensor]:
     entries = {
         prefix: weight.packed.reshape(-1, 1),
         f"{prefix}.absmax": as_float(weight.absmax),
-        f"{prefix}.quant_map": standard_levels(weight.codebook).to(device)
+        f"{prefix}.quant_map": _own(standard_levels(weight.codebook), device)
         if levels is None
         else levels,
     }
@@ -69,7 +72,7 @@ def to_entries(weight: NF4Weight, prefix: str) -> dict[str, torch.Tensor]:
         nested_map = as_float(weight.nested_map)
         entries[f"{prefix}.nested_absmax"] = as_float(weight.nested_absmax)
         entries[f"{prefix}.nested_quant_map"] = (
-            standard_nested_map().to(device) if nested_map is None else nested_map
+            _own(standard_nested_map(), device) if nested_map is None else nested_map
         )
         state["nested_blocksize"] = DOUBLE_QUANT_BLOCK
         state["nested_dtype"] = "float32"
@@ -79,6 +82,11 @@ def to_entries(weight: NF4Weight, prefix: str) -> dict[str, torch.Tensor]:
         bytearray(text), dtype=torch.uint8
     )
     return entries
+
+
+def _own(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy: entries that share memory are refused or dropped by writers of checkpoints."""
+    return table.to(device, copy=True)
 
 
 def from_entries(state: dict, prefix: str) -> NF4Weight:
@@ -136,7 +144,7 @@ def _parse_header(tensor: torch.Tensor, key: str) -> dict:
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         problems.append(f"shape {shape!r}")
     block_size = header.get("blocksize")
-    if block_size not in {2**i for i in range(5, 13)}:
+    if not isinstance(block_size, int) or block_size not in {2**i for i in range(5, 13)}:
         problems.append(f"blocksize {block_size!r}")
     if header.get("dtype") not in _DTYPES:
         problems.append(f"dtype {header.get('dtype')!r}")
