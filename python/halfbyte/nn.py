@@ -107,6 +107,12 @@ class NF4Linear(nn.Linear):
     def reset_parameters(self) -> None:
         raise RuntimeError("NF4Linear: a packed weight cannot be re-initialised")
 
+    def requires_grad_(self, requires_grad: bool = True) -> NF4Linear:
+        """Of the bias; the packed weight stays frozen."""
+        if self.bias is not None:
+            self.bias.requires_grad_(requires_grad)
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return lora_linear(x, self.nf4_weight, None, None, 1.0, self.bias)
 
@@ -171,7 +177,7 @@ class NF4Linear(nn.Linear):
             error_msgs.append(
                 f"{key}: expected shape {list(self.bias.shape)}, got {list(bias.shape)}"
             )
-        elif local_metadata.get("assign_to_params_buffers", False):
+        elif local_metadata.get("assign_to_params_buffers", False) or self.bias.is_meta:
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         else:
             with torch.no_grad():
@@ -287,6 +293,13 @@ def quantize_(
     Raises ValueError, naming the layer, on a weight that cannot be quantized; layers done by then stay
     quantized.
     """
+    if isinstance(skip_modules, str):
+        raise TypeError(f"skip_modules: expected names in a list, got the string {skip_modules!r}")
+    if type(model) is nn.Linear:
+        raise TypeError(
+            "model: expected a module that holds linear layers, got a linear layer; "
+            "use NF4Linear.from_linear"
+        )
     targets = _linear_layers(model, set(skip_modules))
     for done, (name, places) in enumerate(targets.items(), 1):
         parent, attribute = places[0]
