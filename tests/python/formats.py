@@ -89,5 +89,5 @@ def rough(shape, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of `want`."""
-    difference = (got.double() - want.double()).norm()
-    return float(difference / want.double().norm().clamp_min(1e-300))
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
