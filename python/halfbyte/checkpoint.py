@@ -104,6 +104,8 @@ def from_entries(state: dict, prefix: str) -> NF4Weight:
         tensor = state.get(key)
         if tensor is None:
             raise ValueError(f"{key}: expected {dtype} [{count}], got no such entry")
+        if not name and tensor.is_floating_point():  # bnb_4bit_quant_storage: bytes in floats
+            tensor = tensor.contiguous().view(torch.uint8)
         if tensor.dtype != dtype or tensor.numel() != count:
             raise ValueError(f"{key}: expected {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}")
         return tensor.reshape(-1)
