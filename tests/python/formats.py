@@ -73,7 +73,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes; -0 differs from 0, a NaN equals itself."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def rough(shape, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

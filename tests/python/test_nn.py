@@ -363,9 +363,7 @@ def test_a_header_that_cannot_be_read_is_named(change):
     key = "weight.quant_state.bitsandbytes__nf4"
     header = {**json.loads(bytes(state[key].tolist())), **change}
     state[key] = torch.tensor(list(json.dumps(header).encode()), dtype=torch.uint8)
-    with pytest.raises(
-        RuntimeError, match=r"cannot read|packed weight|uint8 \[12\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"cannot read|packed weight|uint8 \[12\]"):
         layer.load_state_dict(state)
 
 
