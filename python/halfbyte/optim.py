@@ -146,7 +146,7 @@ class AdamW8bit(Optimizer):
     def _table_for(self, params, grads, groups) -> adamw8.StepTable:
         """The table of the last step where it still holds, otherwise a new one."""
         states = [self.state[param] for param in params]
-        if self._table is not None and self._table.holds(params, states):
+        if self._table is not None and self._table.holds(params, states, groups):
             return self._table
         self._check_tensors(params, grads, groups)
         encodings = []
@@ -154,13 +154,15 @@ class AdamW8bit(Optimizer):
             options = self.param_groups[group]
             if not state:
                 state.update(adamw8.new_state(param.shape, _encoding(param, options)))
-            if state["exp_avg"].shape != param.shape:
-                raise ValueError(
-                    f"{self._name_of(param, group)}: its state was made for shape "
-                    f"{list(state['exp_avg'].shape)}, the parameter has {list(param.shape)}"
-                )
             coded = state["exp_avg"].dtype == torch.uint8
-            encodings.append(options["state"] if coded else "float32")
+            encoding = options["state"] if coded else "float32"
+            problem = adamw8.state_problem(state, adamw8.state_layout(param.shape, encoding))
+            if problem:
+                raise ValueError(f"{self._name_of(param, group)}: its state: {problem}")
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and not (value.is_cpu and value.is_contiguous()):
+                    state[name] = value.to("cpu").contiguous()
+            encodings.append(encoding)
         self._table = adamw8.StepTable(params, states, groups, encodings)
         return self._table
 
@@ -260,20 +262,14 @@ def _check_saved_group(saved: dict[str, Any], group: dict[str, Any], index: int)
 
 
 def _copied_state(saved, layout, name: str) -> dict[str, torch.Tensor]:
-    if not isinstance(saved, dict) or set(saved) != set(layout):
-        got = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"load_state_dict: {name}: expected {sorted(layout)}, got {got}")
-    copied = {}
-    for key, (dtype, shape) in layout.items():
-        value = saved[key]
-        if key == "step":
-            value = torch.as_tensor(value, dtype=torch.float32)
-        if value.dtype != dtype or value.shape != shape:
-            raise ValueError(
-                f"load_state_dict: {name}: {key}: expected {dtype} {list(shape)}, "
-                f"got {value.dtype} {list(value.shape)}"
-            )
-        copied[key] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if not 0 <= copied["step"].item() < float("inf"):
-        raise ValueError(f"load_state_dict: {name}: step: got {copied['step'].item()}")
-    return copied
+    if isinstance(saved, dict) and isinstance(saved.get("step"), (int, float)):
+        saved = {**saved, "step": torch.tensor(float(saved["step"]))}
+    problem = adamw8.state_problem(saved, layout)
+    if not problem and saved.keys() != layout.keys():
+        problem = f"expected {sorted(layout)}, got {sorted(saved)}"
+    if problem:
+        raise ValueError(f"load_state_dict: {name}: {problem}")
+    return {
+        key: saved[key].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key in layout
+    }

@@ -246,6 +246,26 @@ def test_parameters_may_join_rest_and_move():
         assert torch.equal(a, b)
 
 
+def test_state_that_does_not_fit_its_parameter_is_refused():
+    params = parameters(9000)
+    optimizer = AdamW8bit(params)
+    train(optimizer, params, 1)
+    state = optimizer.state[params[0]]
+    state["exp_avg"] = state["exp_avg"][:100]
+    with pytest.raises(ValueError, match="parameter 0 of group 0: its state: exp_avg"):
+        optimizer.step()
+
+
+def test_a_parameter_that_changes_groups_takes_its_new_options():
+    params = parameters(9000, 5000)
+    optimizer = AdamW8bit([{"params": params[:1], "lr": 0.0}, {"params": params[1:]}])
+    train(optimizer, params, 1)
+    before = params[0].detach().clone()
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    train(optimizer, params, 1)
+    assert not torch.equal(params[0], before)
+
+
 def test_zero_size_parameters():
     params = parameters(0, (3, 0), 5000)
     optimizer = AdamW8bit(params, min_8bit_size=0)

@@ -39,6 +39,7 @@ _STATE_CODES = {
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALES = ("exp_avg_absmax", "exp_avg_sq_absmax")
 _data_ptr = torch.Tensor.data_ptr
+_numel = torch.Tensor.numel
 
 
 def state_layout(shape: torch.Size, encoding: str) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -60,6 +61,21 @@ def new_state(shape: torch.Size, encoding: str) -> dict[str, torch.Tensor]:
     if encoding != "float32":
         state["exp_avg"].fill_(_SIGNED_ZERO)
     return state
+
+
+def state_problem(state: dict, layout: dict[str, tuple[torch.dtype, torch.Size]]) -> str:
+    """What in `state` is not as `layout` says, or ""."""
+    if not isinstance(state, dict) or not layout.keys() <= state.keys():
+        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        return f"expected {sorted(layout)}, got {got}"
+    for name, (dtype, shape) in layout.items():
+        value = state[name]
+        if not isinstance(value, torch.Tensor):
+            return f"{name}: expected a tensor, got {type(value).__name__}"
+        if value.dtype != dtype or value.shape != shape:
+            return f"{name}: expected {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
+    step = state["step"].item()
+    return "" if 0 <= step < float("inf") else f"step: expected a count, got {step}"
 
 
 def tensor_problem(param: torch.Tensor, grad: torch.Tensor) -> str:
@@ -95,15 +111,19 @@ class StepTable:
     ):
         """Row i: `params[i]`, in hyperparameter group `groups[i]`, coded as `encodings[i]`."""
         self._params = list(params)
-        self._shapes = [param.shape for param in params]
+        self._param_ids = list(map(id, params))
+        self._groups = list(groups)
+        self._counts = list(map(_numel, params))
         self._dtypes = [param.dtype for param in params]
+        self._grad_dtypes: list[torch.dtype] = []
         self._values = [value for state in states for value in state.values()]
         self._value_ids = list(map(id, self._values))
         self._storages = [
             value.untyped_storage() for value in self._values if isinstance(value, torch.Tensor)
         ]
         self._rows = array("q", bytes(8 * _WIDTH * len(params)))
-        self._set("count", [param.numel() for param in params])
+        self._set("count", self._counts)
+        self._set("param_dtype", [_DTYPE_CODES[dtype] for dtype in self._dtypes])
         self._set("state", [_STATE_CODES[encoding] for encoding in encodings])
         self._set("group", groups)
         for name in ("step", *_MOMENTS, *_SCALES):
@@ -112,12 +132,18 @@ class StepTable:
     def _set(self, column: str, values) -> None:
         self._rows[_COLUMNS[column] :: _WIDTH] = array("q", values)
 
-    def holds(self, params: list[torch.Tensor], states: list[dict[str, torch.Tensor]]) -> bool:
-        """Whether this table was made for these very tensors, unchanged in shape and dtype."""
+    def holds(
+        self,
+        params: list[torch.Tensor],
+        states: list[dict[str, torch.Tensor]],
+        groups: list[int],
+    ) -> bool:
+        """Whether this table was made for these very tensors, unchanged in size and dtype."""
         return (
-            list(map(id, params)) == list(map(id, self._params))
+            list(map(id, params)) == self._param_ids
+            and groups == self._groups
             and self._value_ids == [id(value) for state in states for value in state.values()]
-            and [param.shape for param in params] == self._shapes
+            and list(map(_numel, params)) == self._counts
             and [param.dtype for param in params] == self._dtypes
         )
 
@@ -131,7 +157,7 @@ class StepTable:
             and all(map(torch.Tensor.is_contiguous, params))
             and all(map(torch.Tensor.is_contiguous, grads))
             and not any(map(torch.Tensor.is_neg, grads))
-            and [grad.shape for grad in grads] == self._shapes
+            and list(map(_numel, grads)) == self._counts
             and [grad.dtype for grad in grads] == self._dtypes
         )
 
@@ -141,21 +167,29 @@ class StepTable:
         grads: list[torch.Tensor],
         groups: list[tuple[float, float, float, float, float, bool]],
     ) -> tuple[int, int]:
-        """Steps every row; parameters and gradients must be contiguous.
+        """Steps every row, for pairs that it `takes`.
 
         Returns (row, flat index) of the first non-finite gradient element, with nothing changed, or
         (-1, -1).
         """
+        return self._run(params, grads, self._dtypes, groups)
+
+    def _run(self, params, grads, grad_dtypes, groups) -> tuple[int, int]:
         self._set("param", map(_data_ptr, params))
         self._set("grad", map(_data_ptr, grads))
-        self._set("param_dtype", [_DTYPE_CODES[param.dtype] for param in params])
-        self._set("grad_dtype", [_DTYPE_CODES[grad.dtype] for grad in grads])
+        if grad_dtypes != self._grad_dtypes:
+            self._grad_dtypes = grad_dtypes
+            self._set("grad_dtype", [_DTYPE_CODES[dtype] for dtype in grad_dtypes])
         return _C.adamw8_step(self._rows, groups, thread_count())
 
     def run_any(self, params, grads, groups) -> tuple[int, int]:
-        """`run` for tensors of any strides: through contiguous copies, written back."""
+        """`run` for pairs of any strides and gradient dtype.
+
+        Where a tensor is not contiguous: through a copy, which is written back.
+        """
         dense = [param.detach().contiguous() for param in params]
-        bad = self.run(dense, [grad.resolve_neg().contiguous() for grad in grads], groups)
+        grads = [grad.resolve_neg().contiguous() for grad in grads]
+        bad = self._run(dense, grads, [grad.dtype for grad in grads], groups)
         if bad[0] < 0:
             for param, result in zip(params, dense, strict=True):
                 if not param.is_contiguous():
