@@ -68,8 +68,8 @@ def test_metrics_are_complete(run):
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     for record in steps:
         assert set(record) == {
-            "kind", "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s",
-            "peak_rss_bytes", "elapsed_s",
+            "kind", "step", "loss", "lr", "grad_norm", "tokens", "completion_tokens",
+            "tokens_per_s", "peak_rss_bytes", "elapsed_s",
         }  # fmt: skip
         assert math.isfinite(record["loss"]) and record["tokens"] > 0
         assert record["peak_rss_bytes"] > 50e6
@@ -88,6 +88,8 @@ def test_token_counts_are_the_datas(run):
     assert data["train"]["tokens"] == tokens and data["train"]["rows"] == 24
     steps = [r for r in _jsonl(folder / "out/metrics.jsonl") if r["kind"] == "step"]
     assert sum(record["tokens"] for record in steps[:3]) == tokens  # 24 rows = 3 batches of 8
+    learned = sum(record["completion_tokens"] for record in steps[:3])
+    assert learned == data["train"]["completion_tokens"]
 
 
 def test_training_lowers_both_losses(run):

@@ -6,7 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot, ticker  # noqa: E402
+from matplotlib import patheffects, pyplot, ticker  # noqa: E402
 
 from halfbyte.finetune.metrics import EvalRecord, StepRecord  # noqa: E402
 
@@ -22,7 +22,8 @@ def draw_loss_curve(
         x = [record.step for record in steps]
         y = [record.loss for record in steps]
         axes.plot(x, y, color=TRAIN, alpha=0.3, linewidth=1, marker="." if len(x) < 3 else None)
-        axes.plot(x, smooth(y), color=TRAIN, linewidth=2, label="training (smoothed)")
+        weights = [record.completion_tokens for record in steps]
+        axes.plot(x, smooth(y, weights), color=TRAIN, linewidth=2, label="training (smoothed)")
         if evals:
             _draw_held_out(axes, evals)
         axes.set_title(title, loc="left", fontweight="bold")
@@ -40,13 +41,17 @@ def draw_loss_curve(
         pyplot.close(figure)
 
 
-def smooth(values: list[float], memory: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start: m_t / (1 - memory^t)."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = memory * average + (1 - memory) * value
-        weight = memory * weight + (1 - memory)
-        result.append(average / weight)
+def smooth(values: list[float], weights: list[float], memory: float = 0.9) -> list[float]:
+    """Weighted moving average: sum of memory^(t-i) w_i v_i over sum of memory^(t-i) w_i, i <= t.
+
+    With completion tokens as weights it is a loss a token, like the held-out loss, however rows
+    were grouped into batches.
+    """
+    total, weight, result = 0.0, 0.0, []
+    for value, w in zip(values, weights, strict=True):
+        total = memory * total + w * value
+        weight = memory * weight + w
+        result.append(total / weight)
     return result
 
 
@@ -72,6 +77,8 @@ def _draw_held_out(axes: pyplot.Axes, evals: list[EvalRecord]) -> None:
             va="center",
             color=HELD_OUT,
             fontweight="bold",
+            path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
+            zorder=4,
         )
 
 

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, as training goes.
 
-    step records   kind "step": step, loss, lr, grad_norm, tokens, tokens_per_s, peak_rss_bytes,
-                   elapsed_s
+    step records   kind "step": step, loss, lr, grad_norm, tokens, completion_tokens,
+                   tokens_per_s, peak_rss_bytes, elapsed_s
     eval records   kind "eval": step, loss (nats a completion token), tokens, elapsed_s
 
 `loss` of a step is the mean over its completion tokens; `tokens` counts all tokens without
@@ -26,6 +26,7 @@ class StepRecord:
     lr: float
     grad_norm: float
     tokens: int
+    completion_tokens: int
     tokens_per_s: float
     peak_rss_bytes: int
     elapsed_s: float

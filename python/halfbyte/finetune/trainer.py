@@ -31,6 +31,7 @@ class CompletionTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._learned: torch.Tensor | None = None  # [B, T - 1]: position t predicts a label
+        self._completion_tokens = 0
         self.model.get_base_model().base_model.register_forward_hook(self._keep_learned)
 
     def compute_loss(
@@ -54,14 +55,21 @@ class CompletionTrainer(SFTTrainer):
             self._learned = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward. Raises FinetuneError, before any update, if the loss is not finite."""
+        """Forward and backward. Raises FinetuneError on a loss of inf or nan, before any update."""
         loss = super().training_step(*args, **kwargs)
+        labels = (kwargs["inputs"] if "inputs" in kwargs else args[1])["labels"]
+        self._completion_tokens += int((labels[:, 1:] != IGNORED).sum())
         if not torch.isfinite(loss):
             raise FinetuneError(
                 f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}; "
                 "try a smaller --lr, a longer --warmup or --dtype fp32"
             )
         return loss
+
+    def take_completion_tokens(self) -> int:
+        """Completion tokens trained on since the last call."""
+        count, self._completion_tokens = self._completion_tokens, 0
+        return count
 
     def _keep_learned(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook of the backbone: keep the hidden states that predict a label."""
@@ -129,6 +137,7 @@ class MetricsCallback(TrainerCallback):
             lr=float(logs["learning_rate"]),
             grad_norm=float(logs["grad_norm"]),
             tokens=tokens,
+            completion_tokens=self.trainer.take_completion_tokens(),
             tokens_per_s=tokens / (now - self._last),
             peak_rss_bytes=peak_rss_bytes(),
             elapsed_s=now - self._start,
