@@ -185,6 +185,7 @@ void multiply_block(const Driver& driver, const WideProduct& w, int64_t row, int
 
 void run_wide(const Driver& driver, const WideProduct& w) {
   const int64_t rows = w.out.rows;
+  if (rows == 0) return;
   const int64_t panels = ceil_div(w.lanes, kPanelLanes);
   const int64_t per_task = block_rows(rows, panels, driver.threads);
   const int64_t blocks = ceil_div(rows, per_task);
