@@ -1,5 +1,5 @@
-// One 8-bit AdamW step over 4 M parameters in 200 tensors: every variant and state, by threads. GB/s
-// counts what a step must move: parameter and state read and written, gradient read once.
+// One 8-bit AdamW step over 4 M parameters in 200 tensors: every variant and state, by threads.
+// GB/s counts what a step must move: parameter and state read and written, gradient read once.
 #include <benchmark/benchmark.h>
 
 #include <cstdlib>
