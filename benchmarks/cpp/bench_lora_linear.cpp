@@ -26,7 +26,8 @@ struct Layer {
     for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random());
     // Small bf16 or fp32 values: any finite pattern times the same cost.
     auto* halves = reinterpret_cast<uint16_t*>(x.data());
-    for (size_t i = 0; i < x.size() * 2; ++i) halves[i] = static_cast<uint16_t>(0x3C00 + random() % 256);
+    for (size_t i = 0; i < x.size() * 2; ++i)
+      halves[i] = static_cast<uint16_t>(0x3C00 + random() % 256);
   }
   QuantizedView weight() const {
     QuantizedView view;
@@ -46,8 +47,8 @@ void forward(benchmark::State& state, const std::string& variant, DType dtype) {
   params.y = {layer.y.data(), dtype, {layer.M, kN}};
   params.threads = 2;
   for (auto _ : state) lora_linear_forward(params);
-  state.counters["GFLOP/s"] = benchmark::Counter(
-      2e-9 * static_cast<double>(layer.M * kN * kK), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["GFLOP/s"] = benchmark::Counter(2e-9 * static_cast<double>(layer.M * kN * kK),
+                                                 benchmark::Counter::kIsIterationInvariantRate);
   unsetenv("HALFBYTE_FORCE_VARIANT");
 }
 
@@ -61,15 +62,16 @@ void backward(benchmark::State& state, const std::string& variant, DType dtype) 
   params.dx = {layer.y.data(), dtype, {layer.M, kK}};
   params.threads = 2;
   for (auto _ : state) lora_linear_backward(params);
-  state.counters["GFLOP/s"] = benchmark::Counter(
-      2e-9 * static_cast<double>(layer.M * kN * kK), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["GFLOP/s"] = benchmark::Counter(2e-9 * static_cast<double>(layer.M * kN * kK),
+                                                 benchmark::Counter::kIsIterationInvariantRate);
   unsetenv("HALFBYTE_FORCE_VARIANT");
 }
 
 const bool registered = [] {
   for (DType dtype : {DType::kBFloat16, DType::kFloat32})
     for (const VariantStatus& variant : lora_linear_variants(dtype)) {
-      if (!variant.why_not.empty() || variant.name == "reference" || variant.name == "portable") continue;
+      if (!variant.why_not.empty() || variant.name == "reference" || variant.name == "portable")
+        continue;
       const std::string suffix = std::string("/") + dtype_name(dtype) + "/" + variant.name;
       for (auto [name, run] : {std::pair{"forward", forward}, std::pair{"backward", backward}})
         benchmark::RegisterBenchmark((name + suffix).c_str(), run, variant.name, dtype)

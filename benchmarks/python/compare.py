@@ -80,13 +80,13 @@ def compare_linear(
     dense = weight.dequantize(dtype)
     a = (torch.randn(rank, k) / k**0.5).to(dtype).requires_grad_()
     b = (torch.randn(n, rank) * 0.05).to(dtype).requires_grad_()
+    only_dx = [True, False, False, False]
+    frozen_weight = (*weight.op_args(), k, None, None, None, None, 1.0, 0.0, None, only_dx)
     table = []
     for m in rows_list:
         x = torch.randn(m, k, dtype=dtype, requires_grad=True)
         dy = torch.randn(m, n, dtype=dtype)
         frozen = x.detach()
-        backward_args = (*weight.op_args(), k, None, None, None, None, 1.0, 0.0, None)
-        wanted = [True, False, False, False]
 
         def fused(x=x, dy=dy):
             y = halfbyte.lora_linear(x, weight, a, b, 2.0)
@@ -106,7 +106,7 @@ def compare_linear(
                 "forward": lambda x=frozen: halfbyte.nf4_linear(x, weight),
                 "dense forward": lambda x=frozen: linear(x, dense),
                 "backward": lambda dy=dy: torch.ops.halfbyte.lora_linear_backward(
-                    dy, None, *backward_args, wanted
+                    dy, None, *frozen_weight
                 ),
                 "dense backward": lambda dy=dy: dy @ dense,
                 "fused": fused,

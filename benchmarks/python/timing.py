@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def interleaved(
     calls: dict[str, Callable[[], object]], repeats: int = 15, seconds: float = 1.0
 ) -> dict[str, float]:
-    """Minimum wall time in ms of each call, A B C A B C ..., up to `repeats` or `seconds` a call."""
+    """Minimum ms of each call, interleaved A B C A B C ..., `repeats` times or `seconds` a call."""
     best = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()

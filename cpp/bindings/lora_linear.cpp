@@ -15,8 +15,8 @@ void bind_lora_linear(py::module_& module) {
          double dropout, const TensorView& seed, const TensorView& y, const TensorView& t,
          int threads) {
         py::gil_scoped_release release;
-        lora_linear_forward({x, weight, out_features, bias, lora_a, lora_b, scaling, dropout, seed,
-                             y, t, threads});
+        lora_linear_forward(
+            {x, weight, out_features, bias, lora_a, lora_b, scaling, dropout, seed, y, t, threads});
       },
       py::arg("x"), py::arg("weight"), py::arg("out_features"), py::arg("bias"), py::arg("lora_a"),
       py::arg("lora_b"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"), py::arg("y"),

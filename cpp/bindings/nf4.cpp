@@ -13,14 +13,10 @@ void bind_nf4(py::module_& module) {
       .def(py::init([](TensorView packed, TensorView absmax, TensorView nested_absmax,
                        TensorView offset, const std::string& codebook, TensorView levels,
                        TensorView nested_map, int64_t block_size) {
-             return QuantizedView{std::move(packed),
-                                  std::move(absmax),
-                                  std::move(nested_absmax),
-                                  std::move(offset),
-                                  codebook_by_name(codebook),
-                                  std::move(levels),
-                                  std::move(nested_map),
-                                  block_size};
+             return QuantizedView{std::move(packed),          std::move(absmax),
+                                  std::move(nested_absmax),   std::move(offset),
+                                  codebook_by_name(codebook), std::move(levels),
+                                  std::move(nested_map),      block_size};
            }),
            py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"), py::arg("offset"),
            py::arg("codebook"), py::arg("levels"), py::arg("nested_map"), py::arg("block_size"));
@@ -50,9 +46,8 @@ void bind_nf4(py::module_& module) {
         dequantize_4bit({weight, out, threads});
       },
       py::arg("weight"), py::arg("out"), py::arg("threads"));
-  module.def("codebook_levels", [](const std::string& name) {
-    return codebook_levels(codebook_by_name(name));
-  });
+  module.def("codebook_levels",
+             [](const std::string& name) { return codebook_levels(codebook_by_name(name)); });
   module.def("signed_dynamic_map", [] {
     std::vector<float> values(256);
     dynamic8_values(DynamicMap::kSigned, values.data());

@@ -16,8 +16,7 @@ void bind_adamw8(pybind11::module_& module);
 template <class Rows>
 pybind11::list variant_rows(const Rows& rows) {
   pybind11::list list;
-  for (const auto& row : rows)
-    list.append(pybind11::make_tuple(row.name, row.why_not, row.chosen));
+  for (const auto& row : rows) list.append(pybind11::make_tuple(row.name, row.why_not, row.chosen));
   return list;
 }
 

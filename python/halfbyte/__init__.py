@@ -1,9 +1,9 @@
 """halfbyte: 4-bit QLoRA fine-tuning, native on CPU and CUDA.
 
-    weight = halfbyte.quantize_nf4(w)                      # 4.127 bits a parameter
-    y = halfbyte.lora_linear(x, weight, a, b, scaling=2.0)  # fused forward, fused backward
-    halfbyte.quantize_(model)                              # every linear layer of a model, in place
-    optimizer = halfbyte.optim.AdamW8bit(adapter_parameters)
+weight = halfbyte.quantize_nf4(w)                      # 4.127 bits a parameter
+y = halfbyte.lora_linear(x, weight, a, b, scaling=2.0)  # fused forward, fused backward
+halfbyte.quantize_(model)                              # every linear layer of a model, in place
+optimizer = halfbyte.optim.AdamW8bit(adapter_parameters)
 """
 
 from halfbyte import nn, optim

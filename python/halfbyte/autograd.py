@@ -5,8 +5,8 @@ calls that choose their arguments.
     nf4_linear    y = x W^T + bias
 
 Gradients reach x, A, B and bias; the packed weight is frozen. Saved for backward: x (only when A
-needs a gradient), A, B, and T = dropout(x) A^T [M, R]. The dropout mask is a function of (seed, row,
-column) and is recomputed.
+needs a gradient), A, B, and T = dropout(x) A^T [M, R]. The dropout mask is a function of (seed,
+row, column) and is recomputed.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ def lora_linear(
 
     `dropout` is a probability. `seed` (an int, an int64 [1] tensor, or None for a draw from torch's
     default generator) fixes its mask, which depends on nothing else but row and column.
-    Arithmetic: W in bfloat16 for bfloat16 x, in float32 otherwise; sums in float32. Raises ValueError
-    on shapes and dtypes that do not fit. Source: Hu et al. 2021 (LoRA), Dettmers et al. 2023 (QLoRA).
+    Arithmetic: W in bfloat16 for bfloat16 x, in float32 otherwise; sums in float32. Raises
+    ValueError on shapes and dtypes that do not fit. Source: Hu et al. 2021 (LoRA), Dettmers et al.
+    2023 (QLoRA).
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

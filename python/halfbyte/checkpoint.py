@@ -1,12 +1,12 @@
 """Packed weights as checkpoint entries, in bitsandbytes' key layout.
 
-    P.weight                              uint8 [ceil(N K / 2), 1]
-    P.weight.absmax                       uint8 (double-quantized) or float32
-    P.weight.quant_map                    float32 [16]
-    P.weight.nested_absmax                float32          double-quantized only
-    P.weight.nested_quant_map             float32 [256]    double-quantized only
-    P.weight.quant_state.bitsandbytes__nf4   uint8 bytes of JSON: quant_type, blocksize, dtype, shape,
-                                          and nested_blocksize, nested_dtype, nested_offset
+P.weight                              uint8 [ceil(N K / 2), 1]
+P.weight.absmax                       uint8 (double-quantized) or float32
+P.weight.quant_map                    float32 [16]
+P.weight.nested_absmax                float32          double-quantized only
+P.weight.nested_quant_map             float32 [256]    double-quantized only
+P.weight.quant_state.bitsandbytes__nf4   uint8 bytes of JSON: quant_type, blocksize, dtype, shape,
+                                      and nested_blocksize, nested_dtype, nested_offset
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def standard_nested_map() -> torch.Tensor:
 
 def as_float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """float32 statistics from their int32 bit patterns (or as they are); shares memory."""
-    return tensor.view(torch.float32) if tensor is not None and tensor.dtype == torch.int32 else tensor
+    return (
+        tensor.view(torch.float32) if tensor is not None and tensor.dtype == torch.int32 else tensor
+    )
 
 
 def entry_names(state: dict, prefix: str) -> list[str]:
@@ -93,7 +95,9 @@ def from_entries(state: dict, prefix: str) -> NF4Weight:
     """The packed weight stored under `prefix`; ValueError names what is missing or does not fit."""
     codebook = next((c for c in CODEBOOKS if f"{prefix}.{_STATE}{c}" in state), None)
     if codebook is None:
-        raise ValueError(f"{prefix}: expected an entry {prefix}.{_STATE}nf4 (or fp4, int4), got none")
+        raise ValueError(
+            f"{prefix}: expected an entry {prefix}.{_STATE}nf4 (or fp4, int4), got none"
+        )
     header = _parse_header(state[f"{prefix}.{_STATE}{codebook}"], f"{prefix}.{_STATE}{codebook}")
     double_quant = "nested_blocksize" in header
     shape = torch.Size(header["shape"])
@@ -107,13 +111,17 @@ def from_entries(state: dict, prefix: str) -> NF4Weight:
         if not name and tensor.is_floating_point():  # bnb_4bit_quant_storage: bytes in floats
             tensor = tensor.contiguous().view(torch.uint8)
         if tensor.dtype != dtype or tensor.numel() != count:
-            raise ValueError(f"{key}: expected {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(
+                f"{key}: expected {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}"
+            )
         return tensor.reshape(-1)
 
     offset = nested_absmax = nested_map = None
     if double_quant:
         nested_absmax = part("nested_absmax", torch.float32, math.ceil(blocks / DOUBLE_QUANT_BLOCK))
-        nested_map = _unless_equal(part("nested_quant_map", torch.float32, 256), standard_nested_map())
+        nested_map = _unless_equal(
+            part("nested_quant_map", torch.float32, 256), standard_nested_map()
+        )
         offset = torch.tensor([header["nested_offset"]], device=nested_absmax.device)
     return NF4Weight(
         packed=part("", torch.uint8, math.ceil(shape.numel() / 2)),

@@ -34,8 +34,8 @@ class NF4Weight:
     nested_map     [256]               float32; None: the signed dynamic map
     =============  ==================  ================================================
 
-    float32 statistics may be held as int32 bit patterns. `shape` is the dense shape and `dtype` what
-    `dequantize()` yields unless told otherwise.
+    float32 statistics may be held as int32 bit patterns. `shape` is the dense shape and `dtype`
+    what `dequantize()` yields unless told otherwise.
     """
 
     packed: torch.Tensor
@@ -101,13 +101,17 @@ def quantize_4bit(
 ) -> NF4Weight:
     """Quantizes `weight` (any shape; float32, bfloat16 or float16) to 4 bits.
 
-    `codebook`: "nf4", "fp4" or "int4"; `block_size`: a power of two from 32 to 4096. Raises ValueError
-    for a non-finite value, with its flat index. The offset of double quantization is torch.mean of the
-    scales.
+    `codebook`: "nf4", "fp4" or "int4"; `block_size`: a power of two from 32 to 4096. Raises
+    ValueError for a non-finite value, with its flat index. The offset of double quantization is
+    torch.mean of the scales.
     """
     if codebook not in CODEBOOKS:
         raise ValueError(f"codebook: expected nf4, fp4 or int4, got {codebook!r}")
-    if not isinstance(block_size, int) or not 32 <= block_size <= 4096 or block_size.bit_count() != 1:
+    if (
+        not isinstance(block_size, int)
+        or not 32 <= block_size <= 4096
+        or block_size.bit_count() != 1
+    ):
         raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {block_size}")
     if weight.dtype not in _FLOATS:
         raise ValueError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")

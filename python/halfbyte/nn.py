@@ -4,8 +4,9 @@
     LoraLinear   y = x W^T + bias + (alpha / r) * (dropout(x) A^T) B^T
     quantize_    every linear layer of a model, in place
 
-Codes and statistics are frozen integer Parameters (float32 statistics as int32 bit patterns): the one
-storage that dtype casts, autocast, DDP and FSDP leave alone. Forward never changes or repacks them.
+Codes and statistics are frozen integer Parameters (float32 statistics as int32 bit patterns): the
+one storage that dtype casts, autocast, DDP and FSDP leave alone. Forward never changes or repacks
+them.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class NF4Linear(nn.Linear):
 
     x [..., K] float32, bfloat16 or float16; y [..., N] in x's dtype (under autocast: autocast's).
     Parameters: `weight` uint8 [ceil(N K / 2), 1]; `absmax` uint8 or int32; `nested_absmax`,
-    `nested_offset` int32; `quant_map`, `nested_quant_map` int32 or None (the standard tables); `bias`.
-    The state dict is in bitsandbytes' layout (see `halfbyte.checkpoint`). Make one with `from_linear`
-    or from an `NF4Weight`.
+    `nested_offset` int32; `quant_map`, `nested_quant_map` int32 or None (the standard tables);
+    `bias`. The state dict is in bitsandbytes' layout (see `halfbyte.checkpoint`). Make one with
+    `from_linear` or from an `NF4Weight`.
     """
 
     def __init__(self, weight: NF4Weight, bias: torch.Tensor | None = None) -> None:
@@ -197,9 +198,9 @@ class LoraLinear(nn.Module):
 
     y = x W^T + bias + (alpha / r) * (dropout(x) A^T) B^T
 
-    `lora_a` [r, K] starts uniform in +-1/sqrt(K) (Kaiming, a = sqrt 5) and `lora_b` [N, r] at zero, so
-    that training starts from the base. Both are float32 unless `dtype` says otherwise. Dropout acts
-    in training mode only, with a fresh seed from torch's default generator a call.
+    `lora_a` [r, K] starts uniform in +-1/sqrt(K) (Kaiming, a = sqrt 5) and `lora_b` [N, r] at
+    zero, so that training starts from the base. Both are float32 unless `dtype` says otherwise.
+    Dropout acts in training mode only, with a fresh seed from torch's default generator a call.
     """
 
     def __init__(
@@ -287,11 +288,11 @@ def quantize_(
 ) -> nn.Module:
     """Replaces every `nn.Linear` of `model` by an `NF4Linear`, in place, and returns `model`.
 
-    Layer by layer: each dense weight is freed once its packed form is there. Left dense: layers whose
-    name, or last part of it, is in `skip_modules`, the model's output head (`get_output_embeddings`),
-    and weights tied to another module. `progress(done, total, name)` is called after each layer.
-    Raises ValueError, naming the layer, on a weight that cannot be quantized; layers done by then stay
-    quantized.
+    Layer by layer: each dense weight is freed once its packed form is there. Left dense: layers
+    whose name, or last part of it, is in `skip_modules`, the model's output head
+    (`get_output_embeddings`), and weights tied to another module. `progress(done, total, name)` is
+    called after each layer. Raises ValueError, naming the layer, on a weight that cannot be
+    quantized; layers done by then stay quantized.
     """
     if isinstance(skip_modules, str):
         raise TypeError(f"skip_modules: expected names in a list, got the string {skip_modules!r}")
@@ -316,9 +317,7 @@ def quantize_(
     return model
 
 
-def _linear_layers(
-    model: nn.Module, skip: set[str]
-) -> dict[str, list[tuple[nn.Module, str]]]:
+def _linear_layers(model: nn.Module, skip: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
     """Dense linear layers to quantize: first name -> every (parent, attribute) that holds it."""
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()

@@ -1,8 +1,8 @@
 """Whole-tensor torch algebra that says what every operation computes. Imports torch only; slow.
 
 The first of three oracles: the scalar C++ reference is checked against this, and every other kernel
-against the scalar reference. Tables (levels, thresholds, the dynamic map) are arguments, so that each
-exists once in the tree.
+against the scalar reference. Tables (levels, thresholds, the dynamic map) are arguments, so that
+each exists once in the tree.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def quantize(
     code_of_rank: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed uint8, absmax float32): x = w * (1 / absmax), code = code_of_rank[#{x > threshold}]."""
+    """(packed uint8, absmax float32): x = w * (1 / absmax), code_of_rank[#{t : x > threshold}]."""
     blocks = blocks_of(weight.reshape(-1).float(), block_size)
     absmax = blocks.abs().amax(1)
     inverse, lift = _reciprocal(absmax)

@@ -31,5 +31,5 @@ def cpu_features() -> dict[str, bool]:
 
 
 def cuda_status() -> str:
-    """"CUDA kernels available", or the sentence that says why not."""
+    """The sentence that says why not, or "CUDA kernels available"."""
     return _C.cuda_why_not() or "CUDA kernels available"

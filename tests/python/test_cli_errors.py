@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from tiny_model import colour_rows, save_model, write_jsonl
 from typer.testing import CliRunner
 
 from halfbyte.cli.main import app
 from halfbyte.finetune import base as bases
+from tiny_model import colour_rows, save_model, write_jsonl
 
 
 @pytest.fixture(scope="module")

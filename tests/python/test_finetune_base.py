@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import build_config, save_gguf, save_model
 from transformers import BertConfig, LlamaForCausalLM
 
 from halfbyte.finetune import base as bases
 from halfbyte.finetune.errors import FinetuneError
+from tiny_model import build_config, save_gguf, save_model
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 from hashlib import sha256
 
 import pytest
-from tiny_model import write_jsonl
 
 from halfbyte.finetune.data import read_rows, split_rows
 from halfbyte.finetune.errors import FinetuneError
+from tiny_model import write_jsonl
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 

@@ -1,7 +1,6 @@
 """Token ids and labels: the loss is on completions only, token by token."""
 
 import pytest
-from tiny_model import CHATML, END, build_tokenizer, write_jsonl
 
 from halfbyte.finetune.data import read_rows
 from halfbyte.finetune.encode import (
@@ -12,6 +11,7 @@ from halfbyte.finetune.encode import (
     render_prompt,
 )
 from halfbyte.finetune.errors import FinetuneError
+from tiny_model import CHATML, END, build_tokenizer, write_jsonl
 
 
 def _row(tmp_path, content):

@@ -7,7 +7,6 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from tiny_model import colour_rows, save_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -16,6 +15,7 @@ from halfbyte.cli.main import app
 from halfbyte.finetune.data import read_rows
 from halfbyte.finetune.encode import IGNORED, encode_row
 from halfbyte.integrations import peft as bridge
+from tiny_model import colour_rows, save_model, write_jsonl
 
 STEPS = 20
 

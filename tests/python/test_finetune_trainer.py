@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_model import build_tokenizer, colour_rows, save_model, write_jsonl
 
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.encode import IGNORED
@@ -11,6 +10,7 @@ from halfbyte.finetune.plan import check
 from halfbyte.finetune.report import Report
 from halfbyte.finetune.run import build_trainer, finetune, load
 from halfbyte.finetune.trainer import MetricsCallback
+from tiny_model import build_tokenizer, colour_rows, save_model, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace halfbyte
 
-#define HALFBYTE_CHECK(condition, ...)                                       \
-  do {                                                                       \
+#define HALFBYTE_CHECK(condition, ...)                                          \
+  do {                                                                          \
     if (!(condition)) throw ::halfbyte::Error(::halfbyte::concat(__VA_ARGS__)); \
   } while (0)

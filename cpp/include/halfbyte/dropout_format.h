@@ -1,5 +1,5 @@
-// The counter-based dropout mask: a pure function of (seed, row, column), the same on every backend,
-// so backward recomputes what forward used and nothing is stored.
+// The counter-based dropout mask: a pure function of (seed, row, column), the same on every
+// backend, so backward recomputes what forward used and nothing is stored.
 //
 //   key  = splitmix64(seed + (row + 1) * 0x9E3779B97F4A7C15)       64 bits a row
 //   h    = column ^ low32(key);  h ^= h >> 16;  h *= 0x21F0AAAD

@@ -5,8 +5,9 @@
 //   code[i]   = code_of_rank[#{t : x[i] > threshold[t]}]
 //
 // An all-zero block has absmax 0 and the code of zero. Where 1 / absmax overflows (a subnormal
-// absmax) both factors are scaled by 2^100 first, so codes stay right. A non-finite input is an error
-// that names the first bad index. Number formats: codebook.h, nf4_format.h, dynamic8_format.h.
+// absmax) both factors are scaled by 2^100 first, so codes stay right. A non-finite input is an
+// error that names the first bad index. Number formats: codebook.h, nf4_format.h,
+// dynamic8_format.h.
 #pragma once
 
 #include <vector>
@@ -22,7 +23,7 @@ constexpr int64_t kMinBlockSize = 32;
 constexpr int64_t kMaxBlockSize = 4096;
 
 struct QuantizeParams {
-  TensorView weight;       // any shape; float32, bfloat16 or float16
+  TensorView weight;  // any shape; float32, bfloat16 or float16
   CodebookId codebook = CodebookId::kNf4;
   int64_t block_size = 64;  // a power of two, 32 .. 4096
   TensorView packed;        // uint8 [ceil(count / 2)]
@@ -51,8 +52,8 @@ struct QuantizedView {
   TensorView nested_absmax;  // float32 [ceil(blocks / 256)]
   TensorView offset;         // float32 [1]
   CodebookId codebook = CodebookId::kNf4;
-  TensorView levels;         // float32 [16]; not given: the code book's
-  TensorView nested_map;     // float32 [256]; not given: the signed dynamic map
+  TensorView levels;      // float32 [16]; not given: the code book's
+  TensorView nested_map;  // float32 [256]; not given: the signed dynamic map
   int64_t block_size = 64;
 };
 // Checks every part against `count` elements; returns the kernels' plain view.
@@ -60,7 +61,8 @@ Nf4Bits checked_bits(const QuantizedView& weight, int64_t count);
 
 struct DequantizeParams {
   QuantizedView weight;
-  TensorView out;  // float32, bfloat16 or float16, `count` elements: fp32 product, rounded to nearest
+  TensorView
+      out;  // float32, bfloat16 or float16, `count` elements: fp32 product, rounded to nearest
   int threads = 1;
 };
 void dequantize_4bit(const DequantizeParams& params);

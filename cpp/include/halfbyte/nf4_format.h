@@ -24,7 +24,7 @@ struct Nf4Bits {
   const float* offset;          // [1] or null
   const float* levels;          // [16]
   int64_t count;
-  int block_shift;              // log2(block size), 5 .. 12
+  int block_shift;  // log2(block size), 5 .. 12
 };
 
 static inline float nf4_block_scale(const Nf4Bits& bits, int64_t block) {

@@ -150,8 +150,7 @@ void lora_linear_forward(const LoraLinearParams& params) {
 
   std::unique_ptr<AlignedBuffer> own_t;
   if (R && !params.t.given) {
-    own_t = std::make_unique<AlignedBuffer>(
-        static_cast<size_t>(M * R) * sizeof(float));
+    own_t = std::make_unique<AlignedBuffer>(static_cast<size_t>(M * R) * sizeof(float));
     args.t = {own_t->as<void>(), DType::kFloat32, M, R, R};
   } else if (R) {
     check_tensor("t", params.t, {DType::kFloat32}, {M, R});

@@ -14,14 +14,17 @@ constexpr bool kPairs = true;
 constexpr int kTileRows = 6, kTileVecs = 4;
 
 inline Vec dot(Vec sum, uint32_t unit, Vec panel) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(unit))),
+  return _mm512_dpbf16_ps(sum,
+                          reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(unit))),
                           reinterpret_cast<__m512bh>(panel));
 }
 
 // Pair (even[i], odd[i]) in 32-bit lane i, the even one low.
 inline void weave(const uint16_t* even, const uint16_t* odd, uint32_t* units) {
-  const Bits low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
-  const Bits high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+  const Bits low =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+  const Bits high =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
   _mm512_storeu_si512(units, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
@@ -105,13 +108,13 @@ void pack_weight_columns(const PanelSource& source, int64_t row, int64_t count, 
     const int64_t even = r * K + column, odd = even + K;
     const float scale_even = nf4_block_scale(bits, even >> bits.block_shift);
     const float scale_odd = nf4_block_scale(bits, odd >> bits.block_shift);
-    const Bits table = reinterpret_cast<Bits>(_mm512_cvtne2ps_pbh(
-        mul(levels, splat(scale_odd)), mul(levels, splat(scale_even))));
+    const Bits table = reinterpret_cast<Bits>(
+        _mm512_cvtne2ps_pbh(mul(levels, splat(scale_odd)), mul(levels, splat(scale_even))));
     for (int half = 0; half < 2; ++half) {
-      const __m128i a = _mm_loadu_si128(
-          reinterpret_cast<const __m128i*>(bits.packed + even / 2 + 16 * half));
-      const __m128i b = _mm_loadu_si128(
-          reinterpret_cast<const __m128i*>(bits.packed + odd / 2 + 16 * half));
+      const __m128i a =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits.packed + even / 2 + 16 * half));
+      const __m128i b =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits.packed + odd / 2 + 16 * half));
       const __m128i pairs[2] = {_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)};
       for (int q = 0; q < 2; ++q) {
         Bits index = _mm512_multishift_epi64_epi8(shifts, _mm512_cvtepu16_epi64(pairs[q]));
@@ -123,9 +126,9 @@ void pack_weight_columns(const PanelSource& source, int64_t row, int64_t count, 
   }
 }
 
-constexpr PanelKernels kKernels = {
-    kCompute,    pack_weight_rows,    pack_weight_columns, multiply,
-    convert_row, permute_activations, few_rows,            dot_rows};
+constexpr PanelKernels kKernels = {kCompute, pack_weight_rows, pack_weight_columns,
+                                   multiply, convert_row,      permute_activations,
+                                   few_rows, dot_rows};
 }  // namespace
 
 const PanelKernels& panel_kernels_avx512bf16() {

@@ -1,12 +1,13 @@
-// What the variants of the LoRA linear share: plain arguments, and the panel kernels a variant offers.
+// What the variants of the LoRA linear share: plain arguments, and the panel kernels a variant
+// offers.
 //
 // Every product here has one shape, rows x panel:
 //
 //   out[m, lane] = sum_d in[m, d] * panel[d, lane]        64 lanes a panel
 //
-// forward: lanes are output features, d runs over K; backward: lanes are input features, d runs over
-// N; dA, dB: d runs over M. Only the way a panel is packed differs. A unit is 32 bits of reduction:
-// one fp32, or a pair of bf16 (d, d+1) where the processor multiplies those.
+// forward: lanes are output features, d runs over K; backward: lanes are input features, d runs
+// over N; dA, dB: d runs over M. Only the way a panel is packed differs. A unit is 32 bits of
+// reduction: one fp32, or a pair of bf16 (d, d+1) where the processor multiplies those.
 //
 //   panel memory   [group][unit][lanes of the group]: a group is what one register tile covers
 #pragma once
@@ -32,25 +33,25 @@ struct Matrix {
 };
 
 struct ForwardArgs {
-  Matrix x;          // [M, K]
-  Nf4Bits weight;    // [N, K]
-  Matrix bias;       // [1, N]; data null: none
-  Matrix lora_a;     // [R, K]; data null: none
-  Matrix lora_b;     // [N, R]
+  Matrix x;        // [M, K]
+  Nf4Bits weight;  // [N, K]
+  Matrix bias;     // [1, N]; data null: none
+  Matrix lora_a;   // [R, K]; data null: none
+  Matrix lora_b;   // [N, R]
   float scaling;
   DropoutMask dropout;
-  Matrix y;          // out [M, N]
-  Matrix t;          // out [M, R]
+  Matrix y;  // out [M, N]
+  Matrix t;  // out [M, R]
   int threads;
 };
 
 struct BackwardArgs {
-  Matrix dy;         // [M, N]
-  Matrix x;          // [M, K]
+  Matrix dy;  // [M, N]
+  Matrix x;   // [M, K]
   Nf4Bits weight;
   Matrix lora_a;
   Matrix lora_b;
-  Matrix t;          // [M, R]
+  Matrix t;  // [M, R]
   float scaling;
   DropoutMask dropout;
   int64_t in_features;
@@ -60,34 +61,34 @@ struct BackwardArgs {
 
 // What a panel is packed from: a packed weight, or a matrix times `scale` with an optional mask.
 struct PanelSource {
-  const Nf4Bits* weight;  // rows of `matrix.cols` elements, or null
-  DType weight_precision; // what decoded values are rounded to
-  Matrix matrix;          // data null when `weight` is given; rows and cols always set
+  const Nf4Bits* weight;   // rows of `matrix.cols` elements, or null
+  DType weight_precision;  // what decoded values are rounded to
+  Matrix matrix;           // data null when `weight` is given; rows and cols always set
   float scale;
-  DropoutMask dropout;    // threshold 0: none; over (row, column) of `matrix`
+  DropoutMask dropout;  // threshold 0: none; over (row, column) of `matrix`
 };
 
 // out (+)= first + in * panel, for `rows` rows and `lanes` <= 64 lanes.
 struct PanelProduct {
   int64_t rows;
   int lanes;
-  const void* first_in;     // optional: a reduction that comes before the main one
-  int64_t first_stride;     // bytes
+  const void* first_in;  // optional: a reduction that comes before the main one
+  int64_t first_stride;  // bytes
   const void* first_panel;
   int64_t first_units;
-  DropoutMask first_mask;   // applied to the sum of the first reduction, over (row, column)
+  DropoutMask first_mask;  // applied to the sum of the first reduction, over (row, column)
   int64_t mask_row, mask_column;
   const void* in;
-  int64_t stride;           // bytes
+  int64_t stride;  // bytes
   const void* panel;
   int64_t units;
-  float* partial;           // [rows][64] sums of the chunks so far, or null
-  bool load_partial;        // start from `partial`
-  bool store_partial;       // end in `partial` instead of `out`
-  const float* bias;        // [64] or null
+  float* partial;      // [rows][64] sums of the chunks so far, or null
+  bool load_partial;   // start from `partial`
+  bool store_partial;  // end in `partial` instead of `out`
+  const float* bias;   // [64] or null
   void* out;
   DType out_dtype;
-  int64_t out_stride;       // elements
+  int64_t out_stride;  // elements
 };
 
 // Few rows: out[m, n - first] = x[m] . W[n] for n in [first, last).
@@ -106,10 +107,11 @@ constexpr int64_t kFewRows = 8;
 constexpr int64_t kFewRowsChunk = 128;  // the longest chunk of any variant
 
 struct PanelKernels {
-  DType compute;       // kBFloat16: units are pairs; kFloat32: units are single
-  // Lanes are rows [row, row + lanes) of the source, units run over columns [column, column + count).
-  void (*pack_rows)(const PanelSource& source, int64_t row, int lanes, int64_t column, int64_t count,
-                    void* panel);
+  DType compute;  // kBFloat16: units are pairs; kFloat32: units are single
+  // Lanes are rows [row, row + lanes) of the source, units run over columns [column, column +
+  // count).
+  void (*pack_rows)(const PanelSource& source, int64_t row, int lanes, int64_t column,
+                    int64_t count, void* panel);
   // Lanes are columns [column, column + lanes), units run over rows [row, row + count).
   void (*pack_columns)(const PanelSource& source, int64_t row, int64_t count, int64_t column,
                        int lanes, void* panel);
@@ -129,8 +131,8 @@ const PanelKernels& panel_kernels_avx2();
 const PanelKernels& panel_kernels_avx512();
 const PanelKernels& panel_kernels_avx512bf16();
 
-// How many times faster bf16 pairs are than fp32 units on this processor, measured once. Call it only
-// where AVX512-BF16 is there.
+// How many times faster bf16 pairs are than fp32 units on this processor, measured once. Call it
+// only where AVX512-BF16 is there.
 double bf16_speedup();
 
 void forward_with_panels(const PanelKernels& kernels, const ForwardArgs& args);

@@ -1,8 +1,8 @@
 // How the LoRA linear is cut into tasks over one variant's panel kernels. Knows no instruction set.
 //
-// A task owns a block of rows and one panel of 64 lanes: it decodes the panel into its thread's cache
-// and multiplies all its rows by it. Reductions longer than a panel go chunk by chunk through fp32
-// partial sums, always in the same order, so results do not depend on the number of threads.
+// A task owns a block of rows and one panel of 64 lanes: it decodes the panel into its thread's
+// cache and multiplies all its rows by it. Reductions longer than a panel go chunk by chunk through
+// fp32 partial sums, always in the same order, so results do not depend on the number of threads.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -76,7 +76,8 @@ Staged stage(const Driver& driver, const Matrix& source) {
   const int64_t stride = driver.units(source.cols) * driver.per_unit();
   staged.copy = std::make_unique<AlignedBuffer>(
       static_cast<size_t>(source.rows * stride * element_bytes(driver.kernels.compute)));
-  staged.matrix = {staged.copy->as<void>(), driver.kernels.compute, source.rows, source.cols, stride};
+  staged.matrix = {staged.copy->as<void>(), driver.kernels.compute, source.rows, source.cols,
+                   stride};
   const PanelSource rows = matrix_source(source);
   parallel_for(ceil_div(source.rows, 16), driver.threads, [&](int64_t task) {
     for (int64_t r = task * 16; r < std::min(source.rows, task * 16 + 16); ++r)
@@ -91,7 +92,8 @@ Staged stage_transposed(const Driver& driver, const Matrix& source) {
   const int64_t stride = driver.units(source.rows) * driver.per_unit();
   staged.copy = std::make_unique<AlignedBuffer>(
       static_cast<size_t>(source.cols * stride * element_bytes(driver.kernels.compute)));
-  staged.matrix = {staged.copy->as<void>(), driver.kernels.compute, source.cols, source.rows, stride};
+  staged.matrix = {staged.copy->as<void>(), driver.kernels.compute, source.cols, source.rows,
+                   stride};
   parallel_for(source.cols, driver.threads, [&](int64_t col) {
     const Matrix& to = staged.matrix;
     for (int64_t row = 0; row < stride; ++row) {
@@ -147,8 +149,7 @@ void multiply_block(const Driver& driver, const WideProduct& w, int64_t row, int
   p.stride = w.in->row_bytes();
   p.out_dtype = w.out.dtype;
   p.out_stride = w.out.stride;
-  p.out = static_cast<char*>(w.out.data) +
-          (row * w.out.stride + lane) * element_bytes(w.out.dtype);
+  p.out = static_cast<char*>(w.out.data) + (row * w.out.stride + lane) * element_bytes(w.out.dtype);
   if (w.bias.data) {
     load_bias(w.bias, lane, p.lanes, bias);
     p.bias = bias;
@@ -195,8 +196,8 @@ void run_wide(const Driver& driver, const WideProduct& w) {
   });
 }
 
-// out[rows, R] = drop(in) * source: `source` is narrow, so all its panels are packed once and shared,
-// and tasks take few rows each.
+// out[rows, R] = drop(in) * source: `source` is narrow, so all its panels are packed once and
+// shared, and tasks take few rows each.
 void run_skinny(const Driver& driver, const Staged& in, const DropoutMask& mask,
                 const PanelSource& source, Lanes lanes_are, int64_t lanes, const Matrix& out) {
   const int64_t depth = in.matrix.cols;
@@ -255,8 +256,8 @@ void run_skinny(const Driver& driver, const Staged& in, const DropoutMask& mask,
   });
 }
 
-// d[r, lane] = sum_m left[m, r] drop(right)[m, lane], for each panel of lanes: dA directly, dB by way
-// of a transposed store with the scale. `bias` receives the column sums of `right`.
+// d[r, lane] = sum_m left[m, r] drop(right)[m, lane], for each panel of lanes: dA directly, dB by
+// way of a transposed store with the scale. `bias` receives the column sums of `right`.
 struct OuterProduct {
   Matrix left{};   // [M, R]
   Matrix right{};  // [M, lanes]
@@ -270,7 +271,8 @@ struct OuterProduct {
 void store_outer(const OuterProduct& o, const float* tile, int64_t lane, int lanes) {
   for (int64_t r = 0; r < o.left.cols; ++r)
     for (int i = 0; i < lanes; ++i) {
-      const int64_t index = o.transpose_out ? (lane + i) * o.out.stride + r : r * o.out.stride + lane + i;
+      const int64_t index =
+          o.transpose_out ? (lane + i) * o.out.stride + r : r * o.out.stride + lane + i;
       store_element(o.out.data, o.out.dtype, index, o.scale * tile[r * kPanelLanes + i]);
     }
 }
@@ -333,8 +335,8 @@ void forward_with_panels(const PanelKernels& kernels, const ForwardArgs& args) {
     w.first_lanes_are = Lanes::kRows;
     w.first_depth = args.lora_a.rows;
   }
-  w.source = weight_source(args.weight, args.y.cols, args.x.cols,
-                           driver.weight_precision(args.x.dtype));
+  w.source =
+      weight_source(args.weight, args.y.cols, args.x.cols, driver.weight_precision(args.x.dtype));
   w.lanes_are = Lanes::kRows;
   w.lanes = args.y.cols;
   w.depth = args.x.cols;

@@ -1,5 +1,6 @@
-// Does bf16 arithmetic pay on this processor? cpuid says that vdpbf16ps exists, not that it is fast:
-// one panel that fits L2 is multiplied both ways at first use, about 0.1 ms, minimum of several.
+// Does bf16 arithmetic pay on this processor? cpuid says that vdpbf16ps exists, not that it is
+// fast: one panel that fits L2 is multiplied both ways at first use, about 0.1 ms, minimum of
+// several.
 #include <chrono>
 #include <vector>
 
@@ -41,8 +42,8 @@ double seconds_per_element(const PanelKernels& kernels) {
 }  // namespace
 
 double bf16_speedup() {
-  static const double speedup = seconds_per_element(panel_kernels_avx512()) /
-                                seconds_per_element(panel_kernels_avx512bf16());
+  static const double speedup =
+      seconds_per_element(panel_kernels_avx512()) / seconds_per_element(panel_kernels_avx512bf16());
   return speedup;
 }
 

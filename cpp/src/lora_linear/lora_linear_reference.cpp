@@ -1,5 +1,5 @@
-// The reference of the LoRA linear: the formulas of lora_linear.h as plain loops, sums in double, one
-// thread. It never gets faster; every other variant is held to it.
+// The reference of the LoRA linear: the formulas of lora_linear.h as plain loops, sums in double,
+// one thread. It never gets faster; every other variant is held to it.
 #include <stdlib.h>
 
 #include "lora_linear_impl.h"
@@ -45,7 +45,8 @@ void forward_reference(const ForwardArgs& args) {
       double sum = args.bias.data ? at(args.bias, 0, n) : 0;
       for (int64_t k = 0; k < K; ++k)
         sum += at(args.x, m, k) * weight_at(args.weight, n * K + k, args.x.dtype);
-      for (int64_t r = 0; r < R; ++r) sum += args.scaling * at(args.t, m, r) * at(args.lora_b, n, r);
+      for (int64_t r = 0; r < R; ++r)
+        sum += args.scaling * at(args.t, m, r) * at(args.lora_b, n, r);
       put(args.y, m, n, sum);
     }
   }

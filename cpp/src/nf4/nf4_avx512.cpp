@@ -16,7 +16,7 @@ int64_t quantize_blocks_avx512(const QuantizeArgs& args, int64_t begin, int64_t 
 }
 
 void dequantize_span_avx512(const Nf4Bits& bits, int64_t begin, int64_t count, DType dtype,
-                          void* out) {
+                            void* out) {
   dequantize_span(bits, begin, count, dtype, out);
 }
 

@@ -36,7 +36,8 @@ void dequantize_span_reference(const Nf4Bits& bits, int64_t begin, int64_t count
                                void* out);
 void dequantize_span_portable(const Nf4Bits& bits, int64_t begin, int64_t count, DType dtype,
                               void* out);
-void dequantize_span_avx2(const Nf4Bits& bits, int64_t begin, int64_t count, DType dtype, void* out);
+void dequantize_span_avx2(const Nf4Bits& bits, int64_t begin, int64_t count, DType dtype,
+                          void* out);
 void dequantize_span_avx512(const Nf4Bits& bits, int64_t begin, int64_t count, DType dtype,
                             void* out);
 

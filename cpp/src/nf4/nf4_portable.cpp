@@ -15,7 +15,7 @@ int64_t quantize_blocks_portable(const QuantizeArgs& args, int64_t begin, int64_
 }
 
 void dequantize_span_portable(const Nf4Bits& bits, int64_t begin, int64_t count, DType dtype,
-                          void* out) {
+                              void* out) {
   dequantize_span(bits, begin, count, dtype, out);
 }
 

@@ -10,7 +10,8 @@ namespace halfbyte {
 int64_t quantize_blocks_reference(const QuantizeArgs& args, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * args.block_size;
-    const int64_t last = first + args.block_size < args.count ? first + args.block_size : args.count;
+    const int64_t last =
+        first + args.block_size < args.count ? first + args.block_size : args.count;
 
     float absmax = 0;
     for (int64_t i = first; i < last; ++i) {

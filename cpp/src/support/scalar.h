@@ -1,5 +1,5 @@
-// bfloat16 and float16 as fp32, one element at a time, round to nearest even. Internal linkage: safe
-// to include in files of any instruction set.
+// bfloat16 and float16 as fp32, one element at a time, round to nearest even. Internal linkage:
+// safe to include in files of any instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -44,13 +44,15 @@ static inline uint16_t float_to_fp16(float value) {
   const uint32_t bits = bits_of_float(value);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return sign | 0x7E00 | static_cast<uint16_t>(magnitude >> 13 & 0x3FF);
+  if (magnitude > 0x7F800000u)
+    return sign | 0x7E00 | static_cast<uint16_t>(magnitude >> 13 & 0x3FF);
   if (magnitude >= 0x477FF000u) return sign | 0x7C00;  // rounds to infinity
-  if (magnitude < 0x38800000u) {                       // subnormal: adding 0.5 aligns the last bit to 2^-24
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 aligns the last bit to 2^-24
     const float aligned = float_of_bits(magnitude) + 0.5f;
     return sign | static_cast<uint16_t>(bits_of_float(aligned) - 0x3F000000u);
   }
-  return sign | static_cast<uint16_t>((magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1)) >> 13);
+  return sign |
+         static_cast<uint16_t>((magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1)) >> 13);
 }
 
 static inline float load_element(const void* data, DType dtype, int64_t index) {

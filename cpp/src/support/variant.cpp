@@ -31,7 +31,8 @@ void check_forced_name(const char* op, const std::string& name) {
     if (name == candidate) return;
     known += std::string(" ") + candidate;
   }
-  throw Error(concat("HALFBYTE_FORCE_VARIANT: expected one of", known, ", got '", name, "' for ", op));
+  throw Error(
+      concat("HALFBYTE_FORCE_VARIANT: expected one of", known, ", got '", name, "' for ", op));
 }
 
 }  // namespace halfbyte

@@ -49,18 +49,14 @@ def _quantize_outputs(weight, block_size):
 def _quantize(weight, codebook, block_size):
     weight = weight.contiguous()
     packed, absmax = _quantize_outputs(weight, block_size)
-    _C.quantize_4bit(
-        view(weight), codebook, block_size, view(packed), view(absmax), thread_count()
-    )
+    _C.quantize_4bit(view(weight), codebook, block_size, view(packed), view(absmax), thread_count())
     return packed, absmax
 
 
 def _double_quantize(absmax, offset):
     absmax = absmax.contiguous()
     codes, nested_absmax = _double_quantize_fake(absmax, offset)
-    _C.double_quantize(
-        view(absmax), view(offset), view(codes), view(nested_absmax), thread_count()
-    )
+    _C.double_quantize(view(absmax), view(offset), view(codes), view(nested_absmax), thread_count())
     return codes, nested_absmax
 
 
