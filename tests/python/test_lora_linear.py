@@ -483,6 +483,21 @@ def test_packed_bytes_at_any_address(variant, dtype):
 
 
 @EVERY
+def test_every_output_is_written(variant, dtype):
+    """torch fills fresh tensors with NaN here: nothing of an output is left as it was allocated."""
+    problem = Problem((20, 67, 99), 5, dtype)
+    with refusal_is_a_skip():
+        want = problem.results(0.2, 3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for name, value in problem.results(0.2, 3).items():
+            assert same_bits(value, want[name]), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@EVERY
 def test_the_same_bits_for_any_thread_count_and_run_to_run(variant, dtype):
     problem = Problem((300, 200, 150), 20, dtype)
     threads = torch.get_num_threads()
