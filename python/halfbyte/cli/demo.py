@@ -10,9 +10,10 @@ from halfbyte.cli.errors import plain_errors
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder for the data, the YAML file and the run.")] = (
-        Path("halfbyte-demo")
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", "--output", help="Folder for the data, the YAML file and the run."),
+    ] = (Path("halfbyte-demo")),
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps, instead of the demo's own number.")
     ] = None,

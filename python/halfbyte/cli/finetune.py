@@ -45,9 +45,12 @@ def start(config: FinetuneConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where installed
     from halfbyte.finetune.report import ConsoleReport
+
+    report = ConsoleReport()
+    report.stage("importing transformers, PEFT and TRL")
     from halfbyte.finetune.run import finetune
 
-    finetune(config, ConsoleReport())
+    finetune(config, report)
 
 
 def _signature() -> inspect.Signature:

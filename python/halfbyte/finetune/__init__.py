@@ -6,6 +6,7 @@
     base.py     the base model: a Hugging Face folder or a GGUF file, checked before it is loaded
     plan.py     all checks of a run, before a weight is read
     trainer.py  TRL's SFTTrainer with the language-model head run on completion tokens only
+    sampler.py  batches of rows of similar length, in random order
     run.py      the whole run: load, quantize, evaluate, train, evaluate, write
     metrics.py  metrics.jsonl; chart.py draws the loss curve from it
     report.py   what a person sees while it runs

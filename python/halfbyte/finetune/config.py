@@ -146,11 +146,11 @@ class FinetuneConfig:
             raise FinetuneError(f"block_size: expected a power of two, got {self.block_size}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML: paths as strings, tuples as lists."""
+        """Plain values, for JSON and YAML: absolute paths as strings, tuples as lists."""
         plain = dataclasses.asdict(self)
         for name, value in plain.items():
             if isinstance(value, Path):
-                plain[name] = str(value)
+                plain[name] = str(value.absolute())
             elif isinstance(value, tuple):
                 plain[name] = list(value)
         return plain

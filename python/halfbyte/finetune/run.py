@@ -95,7 +95,7 @@ def load(plan: Plan, report: Report) -> PeftModel:
         model,
         LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=int(config.alpha) if config.alpha.is_integer() else config.alpha,
             lora_dropout=config.dropout,
             target_modules=list(config.target_modules) or "all-linear",
             task_type="CAUSAL_LM",
@@ -166,7 +166,6 @@ def build_trainer(
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         seed=config.seed,
         bf16=False,  # the model itself is in the compute type: no autocast, no copies
         use_cpu=True,
@@ -190,6 +189,7 @@ def build_trainer(
             else None
         ),
         processing_class=plan.tokenizer,
+        group_by_length=config.group_by_length,
         callbacks=[callback],
         optimizer_cls_and_kwargs=(
             AdamW8bit, {"lr": config.lr, "weight_decay": config.weight_decay}

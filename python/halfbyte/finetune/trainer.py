@@ -15,7 +15,9 @@ import time
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
@@ -23,12 +25,17 @@ from halfbyte.finetune.encode import IGNORED
 from halfbyte.finetune.errors import FinetuneError
 from halfbyte.finetune.metrics import EvalRecord, MetricsLog, StepRecord, peak_rss_bytes
 from halfbyte.finetune.report import Report
+from halfbyte.finetune.sampler import SimilarLengthSampler
 
 
 class CompletionTrainer(SFTTrainer):
-    """SFTTrainer whose loss costs what its completion tokens cost."""
+    """SFTTrainer whose loss costs what its completion tokens cost.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    group_by_length: draw training rows by `SimilarLengthSampler` rather than at random.
+    """
+
+    def __init__(self, *args: Any, group_by_length: bool, **kwargs: Any) -> None:
+        self._group_by_length = group_by_length
         super().__init__(*args, **kwargs)
         self._learned: torch.Tensor | None = None  # [B, T - 1]: position t predicts a label
         self._completion_tokens = 0
@@ -53,6 +60,13 @@ class CompletionTrainer(SFTTrainer):
             )
         finally:
             self._learned = None
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        if not self._group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        return SimilarLengthSampler(lengths, self.args.train_batch_size, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward. Raises FinetuneError on a loss of inf or nan, before any update."""
