@@ -111,6 +111,12 @@ def test_help_imports_no_heavy_library_and_names_every_setting():
         assert flag in result.stdout
 
 
+def test_an_absent_library_is_named_with_its_command(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "halfbyte.finetune.run", None)  # import raises
+    message = _error(files, monkeypatch)
+    assert message.endswith("is not installed; run: pip install 'halfbyte[finetune]'")
+
+
 def test_unknown_flags_are_refused():
     result = CliRunner().invoke(app, ["finetune", "--rnak", "3"])
     assert result.exit_code == 2

@@ -9,15 +9,22 @@ from halfbyte.finetune.errors import FinetuneError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+INSTALL = "run: pip install 'halfbyte[finetune]'"
 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """A FinetuneError becomes one line on stderr and exit code 2; Ctrl-C exit code 130."""
+    """A FinetuneError becomes one line on stderr and exit code 2; Ctrl-C exit code 130.
+
+    A library that is not installed is named with the command that installs it.
+    """
     try:
         yield
     except FinetuneError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(USAGE_ERROR) from None
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: {error.name} is not installed; {INSTALL}", err=True)
         raise typer.Exit(USAGE_ERROR) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; no results were written", err=True)
