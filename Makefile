@@ -10,6 +10,9 @@ PIN    := -c constraints.txt
 SOURCES := $(shell find cpp cuda python -type f -not -name '*.pyc' -not -name '*.so') \
            CMakeLists.txt pyproject.toml
 
+# With other processes beside them, threads that spin in wait steal each other's time.
+export GOMP_SPINCOUNT ?= 1000
+
 .PHONY: demo test test-cpp test-python build lint format sanitize bench clean
 
 demo: build $(VENV)/.demo

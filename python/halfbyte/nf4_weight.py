@@ -80,8 +80,21 @@ class NF4Weight:
             self.block_size,
         )
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight: float32 product of level and scale, rounded to `dtype`."""
+    def dequantize(
+        self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The dense weight: float32 product of level and scale, rounded to `dtype`.
+
+        `out`, contiguous and of this weight's shape, receives it instead of a new tensor.
+        """
+        if out is not None:
+            if out.shape != self.shape or dtype not in (None, out.dtype):
+                raise ValueError(
+                    f"out: expected {dtype or 'float'} {list(self.shape)}, "
+                    f"got {out.dtype} {list(out.shape)}"
+                )
+            torch.ops.halfbyte.dequantize_4bit_into(*self.op_args(), out)
+            return out
         dtype = dtype or self.dtype
         if dtype not in _FLOATS:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")

@@ -14,7 +14,11 @@ from torch.optim import Optimizer
 
 from halfbyte.ops import adamw8
 
-__all__ = ["AdamW8bit"]
+__all__ = ["AdamW8bit", "NonFiniteGradient"]
+
+
+class NonFiniteGradient(RuntimeError):
+    """A gradient holds an infinity or a NaN; names the parameter and the element."""
 
 
 class _Kept:
@@ -41,7 +45,7 @@ class AdamW8bit(Optimizer):
             "moments" keeps m and v.
         min_8bit_size: tensors with fewer elements keep fp32 moments.
         on_nonfinite: what a gradient with an infinity or a NaN does, before anything has changed:
-            "raise" a RuntimeError that names the parameter and the element, or "skip" the whole
+            "raise" a NonFiniteGradient naming the parameter and the element, or "skip" the whole
             step and count it in `skipped_steps`.
 
     Each group may set its own lr, betas, eps, weight_decay, maximize, state and min_8bit_size.
@@ -123,7 +127,9 @@ class AdamW8bit(Optimizer):
         elif self.on_nonfinite == "skip":
             self.skipped_steps += 1
         else:
-            raise RuntimeError(self._nonfinite_message(params[row], grads[row], groups[row], index))
+            raise NonFiniteGradient(
+                self._nonfinite_message(params[row], grads[row], groups[row], index)
+            )
         return loss
 
     def _with_gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:

@@ -85,7 +85,7 @@ def test_a_tokenizer_of_another_model(files, monkeypatch):
 
 def test_in_a_process_of_its_own(files):
     """The installed entry point: same line, same code."""
-    program = "from halfbyte.cli.main import main; main()"
+    program = "from halfbyte.cli import command_line; command_line()"
     result = subprocess.run(
         [sys.executable, "-c", program, "finetune", "--base", "base", "--data", "bad.jsonl",
          "--out", "out"],
@@ -121,3 +121,12 @@ def test_unknown_flags_are_refused():
     result = CliRunner().invoke(app, ["finetune", "--rnak", "3"])
     assert result.exit_code == 2
     assert "--rnak" in result.stderr and "Traceback" not in result.output
+
+
+def test_the_command_without_its_extra_says_what_to_install(monkeypatch):
+    from halfbyte.cli import command_line
+
+    monkeypatch.setitem(sys.modules, "halfbyte.cli.main", None)  # import raises
+    with pytest.raises(SystemExit) as stop:
+        command_line()
+    assert str(stop.value).endswith("is not installed; run: pip install 'halfbyte[finetune]'")

@@ -5,6 +5,7 @@ import torch
 
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.encode import IGNORED
+from halfbyte.finetune.errors import FinetuneError
 from halfbyte.finetune.metrics import MetricsLog
 from halfbyte.finetune.plan import check
 from halfbyte.finetune.report import Report
@@ -137,3 +138,24 @@ def test_a_pad_token_that_is_eos_hides_no_eos(tmp_path):
     assert (batch["labels"][padding] == IGNORED).all()
     assert (batch["input_ids"][padding] == eos).all()
     log.abandon()
+
+
+def test_a_non_finite_gradient_is_one_plain_error(base, tmp_path, monkeypatch):
+    backward = torch.Tensor.backward
+
+    def poisoned(self, *args, **kwargs):
+        backward(self, *args, **kwargs)
+        adapter = next(p for p in trainers[0].model.parameters() if p.grad is not None)
+        adapter.grad.view(-1)[3] = float("inf")
+
+    trainers = []
+    evaluate = MetricsCallback.evaluate
+    monkeypatch.setattr(
+        MetricsCallback,
+        "evaluate",
+        lambda self, step: (trainers.append(self.trainer), evaluate(self, step))[1],
+    )
+    monkeypatch.setattr(torch.Tensor, "backward", poisoned)
+    config = _config(base, tmp_path)
+    with pytest.raises(FinetuneError, match=r"step 1: .*gradient is nan.*nothing was changed"):
+        finetune(config)

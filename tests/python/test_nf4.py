@@ -483,3 +483,21 @@ def test_the_module_lists_its_dynamic_map_sorted():
     assert bool((values[1:] > values[:-1]).all())
     assert float(values[127]) == 0 and float(values[-1]) == 1
     assert float(values[0]) == pytest.approx(-0.99296875)
+
+
+@BY_DTYPE
+def test_dequantize_into_a_given_tensor(dtype):
+    weight = halfbyte.quantize_nf4(rough((33, 70), 5))
+    out = torch.full((33, 70), float("nan"), dtype=dtype)
+    assert weight.dequantize(out=out) is out
+    assert same_bits(out, weight.dequantize(dtype))
+    with pytest.raises(ValueError, match=r"out: expected float \[33, 70\], got .* \[70, 33\]"):
+        weight.dequantize(out=out.view(70, 33))
+    with pytest.raises(ValueError, match="expected a contiguous tensor"):
+        weight.dequantize(out=torch.empty(70, 33, dtype=dtype).T)
+
+
+def test_dequantize_into_passes_opcheck():
+    weight = halfbyte.quantize_nf4(rough((8, 70), 6))
+    args = (*weight.op_args(), torch.empty(8, 70))
+    torch.library.opcheck(torch.ops.halfbyte.dequantize_4bit_into.default, args)

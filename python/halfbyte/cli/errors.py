@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import typer
 
+from halfbyte.cli import INSTALL
 from halfbyte.finetune.errors import FinetuneError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
-INSTALL = "run: pip install 'halfbyte[finetune]'"
 
 
 @contextlib.contextmanager

@@ -39,8 +39,3 @@ def _main(
 app.command("finetune")(finetune.command)
 app.command("info")(info.command)
 app.command("demo")(demo.command)
-
-
-def main() -> None:
-    """Run the command line."""
-    app()

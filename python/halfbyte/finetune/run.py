@@ -36,13 +36,14 @@ from halfbyte.finetune.encode import (
     Sample,
     render_prompt,
 )
+from halfbyte.finetune.errors import FinetuneError
 from halfbyte.finetune.files import replace_file, replace_folder, write_json, write_text
 from halfbyte.finetune.metrics import EvalRecord, MetricsLog, peak_rss_bytes
 from halfbyte.finetune.plan import RESULT_FILES, Plan, check
 from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
 from halfbyte.finetune.trainer import CompletionTrainer, MetricsCallback
 from halfbyte.integrations import peft as peft_bridge
-from halfbyte.optim import AdamW8bit
+from halfbyte.optim import AdamW8bit, NonFiniteGradient
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ def train(plan: Plan, model: PeftModel, report: Report, start: float) -> RunResu
             begin = time.perf_counter()
             try:
                 trainer.train()
+            except NonFiniteGradient as error:
+                step = trainer.state.global_step + 1
+                raise FinetuneError(f"step {step}: {error}; try a smaller --lr") from None
             finally:
                 report.train_end()
             train_s = time.perf_counter() - begin

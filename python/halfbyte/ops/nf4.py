@@ -66,24 +66,16 @@ def _double_quantize_fake(absmax, offset):
     return codes, nested
 
 
-def _dequantize(
-    packed,
-    absmax,
-    nested_absmax,
-    offset,
-    codebook,
-    levels,
-    nested_map,
-    block_size,
-    shape,
-    dtype,
-):
+def _dequantize(*args):
+    *weight, shape, dtype = args
     out = torch.empty(shape, dtype=dtype)
-    weight = quantized_view(
-        packed, absmax, nested_absmax, offset, codebook, levels, nested_map, block_size
-    )
-    _C.dequantize_4bit(weight, view(out), thread_count())
+    _dequantize_into(*weight, out)
     return out
+
+
+def _dequantize_into(*args):
+    *weight, out = args
+    _C.dequantize_4bit(quantized_view(*weight), view(out), thread_count())
 
 
 def _dequantize_fake(packed, *weight_and_shape):
@@ -105,6 +97,11 @@ define(
     f"dequantize_4bit({WEIGHT_SCHEMA}, SymInt[] shape, ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
+)
+define(
+    f"dequantize_4bit_into({WEIGHT_SCHEMA}, Tensor(a!) out) -> ()",
+    _dequantize_into,
+    lambda *args: None,
 )
 
 
