@@ -1,37 +1,15 @@
-"""Timing helpers: everything that is compared runs interleaved in one process, minimum of many."""
+"""Where results come from and where they go: machine, commit, Markdown tables, CSV."""
 
 from __future__ import annotations
 
 import csv
 import platform
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def interleaved(
-    calls: dict[str, Callable[[], object]], repeats: int = 15, seconds: float = 1.0
-) -> dict[str, float]:
-    """Minimum ms of each call, interleaved A B C A B C ..., `repeats` times or `seconds` a call."""
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()
-    spent = 0.0
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - start
-            best[name] = min(best[name], elapsed * 1e3)
-            spent += elapsed
-        if spent > seconds * len(calls):
-            break
-    return best
 
 
 def machine() -> str:
@@ -50,7 +28,7 @@ def commit() -> str:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """One row a case, with machine and commit, beside older results."""
+    """One row a case, with machine and commit; replaces older results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], "machine", "commit"])

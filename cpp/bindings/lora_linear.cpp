@@ -36,6 +36,8 @@ void bind_lora_linear(py::module_& module) {
       py::arg("lora_b"), py::arg("t"), py::arg("scaling"), py::arg("dropout"), py::arg("seed"),
       py::arg("dx"), py::arg("d_lora_a"), py::arg("d_lora_b"), py::arg("d_bias"),
       py::arg("threads"));
+  module.def("peak_gflops", &peak_gflops, py::arg("dtype"), py::arg("threads"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("lora_linear_variants",
              [](DType dtype) { return variant_rows(lora_linear_variants(dtype)); });
 }

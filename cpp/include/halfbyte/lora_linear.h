@@ -62,4 +62,7 @@ void lora_linear_backward(const LoraLinearBackwardParams& params);
 // What `dtype` activations would run on (at 512 x 4096 x 4096).
 std::vector<VariantStatus> lora_linear_variants(DType dtype);
 
+// The roof: GFLOP/s of the inner product kernel that `dtype` activations run on, operands in cache.
+double peak_gflops(DType dtype, int threads);
+
 }  // namespace halfbyte

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import demo, finetune, info
+from halfbyte.cli import bench, demo, finetune, info
 
 app = typer.Typer(
     help="4-bit QLoRA fine-tuning with native kernels.",
@@ -39,3 +39,4 @@ def _main(
 app.command("finetune")(finetune.command)
 app.command("info")(info.command)
 app.command("demo")(demo.command)
+app.command("bench")(bench.command)
