@@ -9,18 +9,6 @@ namespace py = pybind11;
 namespace halfbyte {
 
 void bind_nf4(py::module_& module) {
-  py::class_<QuantizedView>(module, "QuantizedView")
-      .def(py::init([](TensorView packed, TensorView absmax, TensorView nested_absmax,
-                       TensorView offset, const std::string& codebook, TensorView levels,
-                       TensorView nested_map, int64_t block_size) {
-             return QuantizedView{std::move(packed),          std::move(absmax),
-                                  std::move(nested_absmax),   std::move(offset),
-                                  codebook_by_name(codebook), std::move(levels),
-                                  std::move(nested_map),      block_size};
-           }),
-           py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"), py::arg("offset"),
-           py::arg("codebook"), py::arg("levels"), py::arg("nested_map"), py::arg("block_size"));
-
   module.def(
       "quantize_4bit",
       [](const TensorView& weight, const std::string& codebook, int64_t block_size,

@@ -1,9 +1,16 @@
-// Python hands tensors to the core as TensorView(address, dtype, shape, device): no torch here.
+// Python hands torch tensors straight to the core: the casters below read address, dtype, shape and
+// device through Python attributes, so that nothing here links to torch.
+//
+//   tensor or None                                       -> TensorView
+//   (packed, absmax, nested_absmax, offset, codebook,    -> QuantizedView; statistics are float32
+//   or
+//    levels, nested_map, block_size)                        int32 bit patterns
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "halfbyte/nf4.h"
 #include "halfbyte/tensor_view.h"
 
 namespace halfbyte {
@@ -11,6 +18,11 @@ namespace halfbyte {
 void bind_nf4(pybind11::module_& module);
 void bind_lora_linear(pybind11::module_& module);
 void bind_adamw8(pybind11::module_& module);
+void bind_views(pybind11::module_& module);
+
+enum class Statistics { kNo, kYes };
+TensorView view_of(pybind11::handle tensor, Statistics statistics = Statistics::kNo);
+QuantizedView quantized_view_of(pybind11::handle weight);
 
 // (name, why_not, chosen) rows for Python.
 template <class Rows>
@@ -21,3 +33,25 @@ pybind11::list variant_rows(const Rows& rows) {
 }
 
 }  // namespace halfbyte
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<halfbyte::TensorView> {
+  PYBIND11_TYPE_CASTER(halfbyte::TensorView, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    value = halfbyte::view_of(source);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<halfbyte::QuantizedView> {
+  PYBIND11_TYPE_CASTER(halfbyte::QuantizedView, const_name("tuple"));
+  bool load(handle source, bool) {
+    value = halfbyte::quantized_view_of(source);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

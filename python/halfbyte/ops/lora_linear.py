@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte._native import _C, thread_count, view
+from halfbyte._native import _C, thread_count
 from halfbyte.ops import define
-from halfbyte.ops.nf4 import WEIGHT_SCHEMA, quantized_view
+from halfbyte.ops.nf4 import WEIGHT_SCHEMA
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    """[M, features], contiguous: the leading dimensions as one."""
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -39,17 +40,17 @@ def _forward(x, *args):
     rows, bias = _rows(x), _contiguous(bias)
     lora_a, lora_b = _contiguous(lora_a), _contiguous(lora_b)
     _C.lora_linear_forward(
-        view(rows),
-        quantized_view(*weight),
+        rows,
+        weight,
         out_features,
-        view(bias),
-        view(lora_a),
-        view(lora_b),
+        bias,
+        lora_a,
+        lora_b,
         scaling,
         dropout,
-        view(seed),
-        view(y.view(rows.shape[0], out_features)),
-        view(t if lora_a is not None else None),
+        seed,
+        _rows(y),
+        t if lora_a is not None else None,
         thread_count(),
     )
     return y, t
@@ -83,20 +84,20 @@ def _backward(dy, x, *args):
     x_rows = _rows(x) if da is not None else None
     lora_a, lora_b = _contiguous(lora_a), _contiguous(lora_b)
     _C.lora_linear_backward(
-        view(rows),
-        view(x_rows),
-        quantized_view(*weight),
+        rows,
+        x_rows,
+        weight,
         in_features,
-        view(lora_a),
-        view(lora_b),
-        view(t if db is not None else None),
+        lora_a,
+        lora_b,
+        t if db is not None else None,
         scaling,
         dropout,
-        view(seed),
-        view(None if dx is None else dx.view(rows.shape[0], in_features)),
-        view(da),
-        view(db),
-        view(dbias),
+        seed,
+        None if dx is None else _rows(dx),
+        da,
+        db,
+        dbias,
         thread_count(),
     )
     return outputs

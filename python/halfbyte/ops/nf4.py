@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from halfbyte._native import _C, float_view, thread_count, view
+from halfbyte._native import _C, thread_count
 from halfbyte.ops import define
 
 DOUBLE_QUANT_BLOCK = 256
@@ -21,22 +21,6 @@ WEIGHT_SCHEMA = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str codebook, "
     "Tensor? levels, Tensor? nested_map, int block_size"
 )
-
-
-def quantized_view(
-    packed, absmax, nested_absmax, offset, codebook, levels, nested_map, block_size
-) -> _C.QuantizedView:
-    """The native view of a packed weight."""
-    return _C.QuantizedView(
-        view(packed),
-        float_view(absmax),
-        float_view(nested_absmax),
-        float_view(offset),
-        codebook,
-        float_view(levels),
-        float_view(nested_map),
-        block_size,
-    )
 
 
 def _quantize_outputs(weight, block_size):
@@ -49,14 +33,14 @@ def _quantize_outputs(weight, block_size):
 def _quantize(weight, codebook, block_size):
     weight = weight.contiguous()
     packed, absmax = _quantize_outputs(weight, block_size)
-    _C.quantize_4bit(view(weight), codebook, block_size, view(packed), view(absmax), thread_count())
+    _C.quantize_4bit(weight, codebook, block_size, packed, absmax, thread_count())
     return packed, absmax
 
 
 def _double_quantize(absmax, offset):
     absmax = absmax.contiguous()
     codes, nested_absmax = _double_quantize_fake(absmax, offset)
-    _C.double_quantize(view(absmax), view(offset), view(codes), view(nested_absmax), thread_count())
+    _C.double_quantize(absmax, offset, codes, nested_absmax, thread_count())
     return codes, nested_absmax
 
 
@@ -69,13 +53,14 @@ def _double_quantize_fake(absmax, offset):
 def _dequantize(*args):
     *weight, shape, dtype = args
     out = torch.empty(shape, dtype=dtype)
+    _C.advise_huge_pages(out)
     _dequantize_into(*weight, out)
     return out
 
 
 def _dequantize_into(*args):
     *weight, out = args
-    _C.dequantize_4bit(quantized_view(*weight), view(out), thread_count())
+    _C.dequantize_4bit(weight, out, thread_count())
 
 
 def _dequantize_fake(packed, *weight_and_shape):
