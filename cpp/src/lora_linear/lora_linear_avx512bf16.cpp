@@ -68,29 +68,41 @@ inline Bits decode_words(const uint8_t* bytes, Bits table) {
   return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, wide), table);
 }
 
-// Lanes are rows: sixteen rows of 32 elements are decoded into registers and transposed there.
+// Lanes are rows: 16 rows of 32 elements are decoded into registers and transposed there.
+inline __attribute__((always_inline)) void pack_square(const uint8_t* packed, int64_t row_bytes,
+                                                       Vec levels, const float* scales,
+                                                       int64_t scales_stride, uint32_t* target) {
+  Bits block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const Bits table = _mm512_broadcast_i64x4(scaled_words(levels, scales + i * scales_stride));
+    block[i] = decode_words(packed + i * row_bytes, table);
+  }
+  store_transposed(block, target, kGroupLanes);
+}
+
 void pack_weight_rows(const PanelSource& source, int64_t row, int lanes, int64_t column,
                       int64_t count, void* panel) {
-  if (!segments_fit(source, column) || count % 64 != 0)
+  if (!segments_fit(source, column) || count % 64 != 0 || lanes != lanes_to_fill(lanes))
     return pack_rows(source, row, lanes, column, count, panel);
-  const Vec levels = load(source.weight->levels);
+  const Nf4Bits& bits = *source.weight;
+  const Vec levels = load(bits.levels);
   const int64_t K = source.matrix.cols, units = count / 2;
-  alignas(64) float scales[kLanes][kMaxPanelUnits * 2 / 64];
-  for (int lane = 0; lane < lanes_to_fill(lanes); lane += kLanes) {
-    const int rows = lanes - lane < kLanes ? lanes - lane : kLanes;
+  constexpr int64_t kStride = kMaxPanelUnits * 2 / 64;
+  alignas(64) float scales[kLanes * kStride];
+  for (int lane = 0; lane < lanes; lane += kLanes) {
     const int64_t first = (row + lane) * K + column;
-    for (int i = 0; i < rows; ++i) segment_scales(*source.weight, first + i * K, count, scales[i]);
-    for (int64_t k = 0; k < count; k += 32) {
-      Bits block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = zero_bits();
-      for (int i = 0; i < rows; ++i) {
-        const Bits table = _mm512_broadcast_i64x4(scaled_words(levels, &scales[i][k / 64]));
-        block[i] = decode_words(source.weight->packed + (first + i * K + k) / 2, table);
-      }
-      store_transposed(block, unit_at(panel, units, k / 2, lane), kGroupLanes);
-    }
+    for (int i = 0; i < kLanes; ++i)
+      segment_scales(bits, first + i * K, count, scales + i * kStride);
+    for (int64_t k = 0; k < count; k += 32)
+      pack_square(bits.packed + (first + k) / 2, K / 2, levels, scales + k / 64, kStride,
+                  unit_at(panel, units, k / 2, lane));
   }
 }
+
+// Rows lie pages apart, where no hardware prefetcher follows: their codes are brought to L2 (rows a
+// power of two apart share too few sets of L1) this many rows early.
+constexpr int64_t kRowsAhead = 64;
 
 // Lanes are the 64 columns of one segment: two rows share a table, row n in its words 0-15 and row
 // n + 1 in 16-31, so a lookup yields woven pairs with no transpose.
@@ -106,6 +118,9 @@ void pack_weight_columns(const PanelSource& source, int64_t row, int64_t count, 
   uint32_t* target = static_cast<uint32_t*>(panel);
   for (int64_t r = row; r < row + count; r += 2, target += kGroupLanes) {
     const int64_t even = r * K + column, odd = even + K;
+    const uint8_t* ahead = bits.packed + (even + kRowsAhead * K) / 2;
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead + K / 2), _MM_HINT_T1);
     const float scale_even = nf4_block_scale(bits, even >> bits.block_shift);
     const float scale_odd = nf4_block_scale(bits, odd >> bits.block_shift);
     const Bits table = reinterpret_cast<Bits>(

@@ -14,9 +14,11 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t kMaxBlockRows = 504;  // a multiple of the tile's six rows
-constexpr int64_t kMinBlockRows = 126;  // below this, decoding a panel again costs too much
-constexpr int64_t kSkinnyRows = 48;     // rows a task of the skinny products T and U
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kMaxBlockRows = 516;  // whole tiles; what a task reads of x stays in L3
+constexpr int64_t kMinBlockRows = 60;
+constexpr int64_t kPackRows = 11;    // packing a panel costs as much as multiplying so many rows
+constexpr int64_t kSkinnyRows = 48;  // rows a task of the skinny products T and U
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -26,12 +28,20 @@ int64_t element_bytes(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Rows a task: whole when that gives every thread enough tasks, smaller otherwise.
+// Rows a task: of all numbers of blocks the one whose last thread is done first, when every task
+// costs its rows and one packing of its panel.
 int64_t block_rows(int64_t rows, int64_t panels, int threads) {
-  int64_t blocks = ceil_div(rows, kMaxBlockRows);
-  const int64_t wanted = ceil_div(int64_t{4} * threads, std::max<int64_t>(panels, 1));
-  blocks = std::max(blocks, std::min(wanted, rows / kMinBlockRows));
-  return std::max<int64_t>(6, ceil_div(ceil_div(rows, blocks), 6) * 6);
+  int64_t best = 0, best_cost = 0;
+  const int64_t fewest = ceil_div(rows, kMaxBlockRows);
+  for (int64_t blocks = fewest; blocks <= std::max(fewest, rows / kMinBlockRows); ++blocks) {
+    const int64_t block = ceil_div(ceil_div(rows, blocks), kTileRows) * kTileRows;
+    const int64_t rounds = ceil_div(panels * ceil_div(rows, block), threads);
+    const int64_t cost = rounds * (block + kPackRows);
+    if (best != 0 && cost >= best_cost) continue;
+    best = block;
+    best_cost = cost;
+  }
+  return best;
 }
 
 struct Driver {
