@@ -49,12 +49,15 @@ sanitize: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset sanitize
 	PATH="$(abspath $(BIN)):$$PATH" ctest --preset sanitize
 
-bench: $(VENV)/.test build
+bench: build $(VENV)/.test $(VENV)/.demo
 	@tools/install_test_libraries
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset benchmark -G Ninja
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset benchmark
 	build/benchmark/benchmarks/cpp/halfbyte_benchmarks
 	$(BIN)/python -m benchmarks.python.compare
+	$(BIN)/python -m benchmarks.python.bench_adamw8
+	$(BIN)/python -m benchmarks.python.train_step --model smollm2 --rounds 2
+	$(BIN)/python -m benchmarks.python.chart
 
 clean:
 	rm -rf build $(VENV) runs

@@ -31,11 +31,14 @@ def bars(results: Path) -> list[tuple[str, float]]:
     """(label, ratio) from top to bottom."""
     rows = []
     for case in read(results / "formats.csv"):
+        if "out=" in case["case"]:
+            continue
         label = case["case"].split(",")[0].replace(" + double quantization", " + DQ")
         rows.append((f"{label}\nagainst bitsandbytes", float(case["ratio"])))
     for case in read(results / "adamw8.csv"):
-        if case["peer"] == "bitsandbytes":
-            rows.append(("AdamW 8-bit step\nagainst bitsandbytes", float(case["ratio"])))
+        if case["optimizer"].startswith("bitsandbytes"):
+            ratio = float(case["times halfbyte"])
+            rows.append(("AdamW 8-bit step, 4 M parameters\nagainst bitsandbytes", ratio))
     for case in read(results / "linear_bfloat16.csv"):
         if case["shape"] != SHAPE or case["M"] not in ("1", "16", "512"):
             continue
@@ -43,6 +46,11 @@ def bars(results: Path) -> list[tuple[str, float]]:
         if case["M"] == "512":
             ratio = float(case["LoRA vs dense"])
             rows.append(("LoRA forward + backward, M = 512\nagainst dense bf16", ratio))
+    for case in read(results / "train_step_smollm2.csv"):
+        if case["system"] == "halfbyte":
+            label = f"SmolLM2-135M training step, sequence {case['sequence']}"
+            ratio = float(case["vs PEFT + bitsandbytes"])
+            rows.append((f"{label}\nagainst PEFT + bitsandbytes", ratio))
     return rows
 
 
@@ -50,15 +58,15 @@ def draw(rows: list[tuple[str, float]], birthplace: str, output: Path) -> None:
     figure, axes = plt.subplots(figsize=(8.4, 0.62 * len(rows) + 1.2), dpi=150)
     labels, values = zip(*rows, strict=True)
     places = range(len(rows), 0, -1)
-    axes.barh(places, values, color=BAR, height=0.62)
+    axes.barh(places, [value - 1 for value in values], left=1, color=BAR, height=0.62)
     for place, value in zip(places, values, strict=True):
-        text = f"{value:.0f}x" if value >= 10 else f"{value:.2g}x"
+        text = f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
         axes.text(value * 1.06, place, text, va="center", color=INK, fontsize=9)
     axes.axvline(1, color=PARITY, linewidth=1.2)
     axes.text(1.03, len(rows) + 0.55, "parity", color=PARITY, fontsize=8)
     axes.set_yticks(list(places), labels, fontsize=8.5, color=INK)
     axes.set_xscale("log")
-    axes.set_xlim(0.5, max(values) * 2)
+    axes.set_xlim(min(0.8, *values) * 0.95, max(values) * 2)
     axes.set_ylim(0.4, len(rows) + 0.9)
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if t < max(values) * 2]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=8)
@@ -67,7 +75,7 @@ def draw(rows: list[tuple[str, float]], birthplace: str, output: Path) -> None:
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_title(
-        "Speed of halfbyte: time of the peer / time of halfbyte (N = K = 4096)",
+        "Time of the peer / time of halfbyte (layers and weights: N = K = 4096)",
         fontsize=10,
         color=INK,
         loc="left",

@@ -22,9 +22,14 @@ def machine() -> str:
 
 
 def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    """The commit measured, "+ changes" when sources differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    sources = git("status", "--porcelain", "--", "cpp", "cuda", "python")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" + changes" if sources else "")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
