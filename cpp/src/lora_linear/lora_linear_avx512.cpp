@@ -10,26 +10,8 @@ namespace {
 #include "simd/avx512.inc"
 #include "nf4/nf4_decode.inc"
 
-constexpr bool kPairs = false;
 constexpr int kTileRows = 6, kTileVecs = 4;
-
-inline Vec dot(Vec sum, uint32_t unit, Vec panel) {
-  return fma(splat(float_of_bits(unit)), panel, sum);
-}
-inline void weave(const uint16_t*, const uint16_t*, uint32_t*) {}  // pairs only
-
-constexpr int kSteps = 8;
-template <int j>
-inline Vec weights_at(const LevelTable& table, Bits nibbles) {
-  return nibble_level<j>(table, nibbles);
-}
-inline Vec dot_vec(Vec sum, Vec x, Vec weights) {
-  return fma(x, weights, sum);
-}
-inline int64_t element_of(int step, int lane, int) {
-  return lane * 8 + step;
-}
-
+#include "lora_linear/lora_linear_fp32_units.inc"
 #include "lora_linear/lora_linear_panels.inc"
 #include "lora_linear/lora_linear_few_rows.inc"
 
