@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+import halfbyte
+from halfbyte._native import _C
 
 # What an import must not pull in: third parties, and torch's own slow corners.
 HEAVY = (
@@ -135,3 +140,11 @@ sys.exit(os.waitstatus_to_exitcode(status))
     start = time.monotonic()
     run(code)
     assert time.monotonic() - start < 60
+
+
+def test_the_stub_names_what_the_compiled_module_has():
+    stub = Path(halfbyte.__file__).with_name("_C.pyi").read_text()
+    named = set(re.findall(r"^(?:def|class) (\w+)|^(\w+):", stub, re.MULTILINE))
+    named = {a or b for a, b in named}
+    present = {n for n in dir(_C) if not n.startswith("__")} | {"__version__"}
+    assert named == present

@@ -1,0 +1,86 @@
+"""The compiled core. Tensors are contiguous, on the CPU; errors are `Error`, a ValueError.
+
+A packed weight is (packed, absmax, nested_absmax, offset, codebook, levels, nested_map,
+block_size), as `NF4Weight.op_args()` returns it.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from torch import Tensor, dtype
+
+PackedWeight = Sequence[Tensor | str | int | None]
+VariantRow = tuple[str, str, bool]  # name, why not ("" when usable), chosen
+
+__version__: str
+
+class Error(ValueError): ...
+
+class DType(Enum):
+    float32 = ...
+    bfloat16 = ...
+    float16 = ...
+    uint8 = ...
+    int64 = ...
+
+class AdamW8State(Enum):
+    float32 = ...
+    moments = ...
+    ratio = ...
+
+adamw8_columns: tuple[str, ...]
+
+def register_dtypes(dtypes: tuple[dtype, ...]) -> None: ...
+def cpu_features() -> dict[str, bool]: ...
+def cuda_why_not() -> str: ...
+def advise_huge_pages(memory: Tensor) -> None: ...
+def codebook_levels(name: str) -> list[float]: ...
+def signed_dynamic_map() -> list[float]: ...
+def quantize_4bit(
+    weight: Tensor, codebook: str, block_size: int, packed: Tensor, absmax: Tensor, threads: int
+) -> None: ...
+def double_quantize(
+    absmax: Tensor, offset: Tensor, codes: Tensor, nested_absmax: Tensor, threads: int
+) -> None: ...
+def dequantize_4bit(weight: PackedWeight, out: Tensor, threads: int) -> None: ...
+def lora_linear_forward(
+    x: Tensor,
+    weight: PackedWeight,
+    out_features: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    y: Tensor,
+    t: Tensor | None,
+    threads: int,
+) -> None: ...
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: PackedWeight,
+    in_features: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    t: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    dx: Tensor | None,
+    d_lora_a: Tensor | None,
+    d_lora_b: Tensor | None,
+    d_bias: Tensor | None,
+    threads: int,
+) -> None: ...
+def adamw8_step(
+    table: memoryview,
+    groups: Sequence[tuple[float, float, float, float, float, bool]],
+    threads: int,
+) -> tuple[int, int]: ...
+def peak_gflops(dtype: DType, threads: int) -> float: ...
+def quantize_variants() -> list[VariantRow]: ...
+def dequantize_variants() -> list[VariantRow]: ...
+def lora_linear_variants(dtype: DType) -> list[VariantRow]: ...
+def adamw8_variants() -> list[VariantRow]: ...
