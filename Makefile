@@ -1,4 +1,4 @@
-# make demo   set up .venv, build, fine-tune the demo model on real text (about 5 minutes on two cores)
+# make demo   set up .venv, build, fine-tune the demo model on real text (about 4 minutes on two cores)
 # make test   set up what the tests need and run all of them, C++ and Python
 # make build | lint | format | sanitize | bench | clean
 

@@ -12,11 +12,13 @@ row, column) and is recomputed.
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 import halfbyte.ops.lora_linear  # noqa: F401  (registers the operators)
 from halfbyte.nf4_weight import NF4Weight
 
 _SEED_RANGE = 2**63 - 1
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -59,6 +61,7 @@ class LoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, packed, absmax, nested_absmax, offset, levels, nested_map, lora_a, lora_b, t, seed = (
             ctx.saved_tensors
@@ -123,7 +126,7 @@ def lora_linear(
     ValueError on shapes and dtypes that do not fit. Source: Hu et al. 2021 (LoRA), Dettmers et al.
     2023 (QLoRA).
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in _FLOATS:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if lora_a is None or dropout == 0.0:
         dropout, seed = 0.0, None

@@ -134,6 +134,11 @@ def quantize_4bit(
     nested_absmax = offset = None
     if double_quant:
         offset = absmax.mean().reshape(1) if absmax.numel() else absmax.new_zeros(1)
+        if not torch.isfinite(offset):
+            raise ValueError(
+                f"weight: expected scales with a finite mean, got {offset.item()} (largest "
+                f"{absmax.max().item()}); quantize with double_quant=False"
+            )
         absmax, nested_absmax = torch.ops.halfbyte.double_quantize(absmax, offset)
     return NF4Weight(
         packed=packed,

@@ -749,3 +749,18 @@ def test_a_weight_of_more_than_2_31_elements():
     dy[0, -3:] = torch.randn(3)
     (dx,) = torch.autograd.grad(y, [x], dy)
     assert relative_error(dx, dy[:, -3:].double() @ tail.double()) <= 1e-5
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    problem = Problem((3, 5, 7), 2, torch.float32)
+    x = problem.x.detach().requires_grad_()
+    y = halfbyte.nf4_linear(x, problem.weight)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
+def test_autocast_leaves_float64_to_the_check():
+    problem = Problem((3, 5, 7), 0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float64"):
+        halfbyte.nf4_linear(problem.x.detach().double(), problem.weight)

@@ -501,3 +501,11 @@ def test_dequantize_into_passes_opcheck():
     weight = halfbyte.quantize_nf4(rough((8, 70), 6))
     args = (*weight.op_args(), torch.empty(8, 70))
     torch.library.opcheck(torch.ops.halfbyte.dequantize_4bit_into.default, args)
+
+
+def test_scales_whose_mean_overflows_are_an_error():
+    weight = torch.full((4, 64), 3e38)
+    with pytest.raises(ValueError, match="finite mean, got inf .*double_quant=False"):
+        halfbyte.quantize_nf4(weight)
+    single = halfbyte.quantize_nf4(weight, double_quant=False)
+    assert torch.equal(single.dequantize(torch.float32), weight)
