@@ -183,15 +183,6 @@ std::string needs_vbmi(const AdamW8Run&) {
   const CpuFeatures& cpu = cpu_features();
   return cpu.avx512_bf16 && cpu.avx512_vbmi ? "" : "needs AVX-512 VBMI and BF16";
 }
-std::string needs_avx512(const AdamW8Run&) {
-  return cpu_features().avx512 ? "" : "needs AVX-512 F, BW, DQ and VL";
-}
-std::string needs_avx2(const AdamW8Run&) {
-  return cpu_features().avx2_fma_f16c ? "" : "needs AVX2, FMA and F16C";
-}
-std::string always(const AdamW8Run&) {
-  return "";
-}
 
 const Variant<AdamW8Run> kAdamW8Table[] = {
 #if defined(__x86_64__)

@@ -33,18 +33,6 @@ int64_t multiply_adds(const BackwardArgs& args) {
 }
 
 template <class Args>
-std::string always(const Args&) {
-  return "";
-}
-template <class Args>
-std::string needs_avx2(const Args&) {
-  return cpu_features().avx2_fma_f16c ? "" : "needs AVX2, FMA and F16C";
-}
-template <class Args>
-std::string needs_avx512(const Args&) {
-  return cpu_features().avx512 ? "" : "needs AVX-512 F, BW, DQ and VL";
-}
-template <class Args>
 std::string needs_avx512bf16(const Args& args) {
   if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vbmi)
     return "needs AVX512-BF16 and AVX512-VBMI";

@@ -76,19 +76,6 @@ void run_dequantize(const DequantizeRun& run) {
                });
 }
 
-template <class Run>
-std::string always(const Run&) {
-  return "";
-}
-template <class Run>
-std::string needs_avx2(const Run&) {
-  return cpu_features().avx2_fma_f16c ? "" : "needs AVX2, FMA and F16C";
-}
-template <class Run>
-std::string needs_avx512(const Run&) {
-  return cpu_features().avx512 ? "" : "needs AVX-512 F, BW, DQ and VL";
-}
-
 const Variant<QuantizeRun> kQuantizeTable[] = {
 #if defined(__x86_64__)
     {"avx512", needs_avx512, run_quantize<quantize_blocks_avx512>},

@@ -1,6 +1,8 @@
 // What the processor (and the operating system) lets us execute. Probed once, without ISA flags.
 #pragma once
 
+#include <string>
+
 namespace halfbyte {
 
 struct CpuFeatures {
@@ -12,5 +14,19 @@ struct CpuFeatures {
 };
 
 const CpuFeatures& cpu_features();
+
+// `why_not` of variant tables, for any params: what an instruction set needs, or "".
+template <class Params>
+std::string always(const Params&) {
+  return "";
+}
+template <class Params>
+std::string needs_avx2(const Params&) {
+  return cpu_features().avx2_fma_f16c ? "" : "needs AVX2, FMA and F16C";
+}
+template <class Params>
+std::string needs_avx512(const Params&) {
+  return cpu_features().avx512 ? "" : "needs AVX-512 F, BW, DQ and VL";
+}
 
 }  // namespace halfbyte
