@@ -9,6 +9,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PIN    := -c constraints.txt
 SOURCES := $(shell find cpp cuda python -type f -not -name '*.pyc' -not -name '*.so') \
            CMakeLists.txt pyproject.toml
+FORMATTED := $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.c' -o -name '*.cpp' \
+               -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 # With other processes beside them, threads that spin in wait steal each other's time.
 export GOMP_SPINCOUNT ?= 1000
@@ -34,14 +36,12 @@ build: $(VENV)/.installed
 lint: $(VENV)/.test
 	$(BIN)/ruff check python tests benchmarks
 	$(BIN)/ruff format --check python tests benchmarks
-	find cpp cuda tests/cpp benchmarks/cpp -name '*.h' -o -name '*.cpp' -o -name '*.inc' | \
-	  xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix python tests benchmarks
 	$(BIN)/ruff format python tests benchmarks
-	find cpp cuda tests/cpp benchmarks/cpp -name '*.h' -o -name '*.cpp' -o -name '*.inc' | \
-	  xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(FORMATTED)
 
 sanitize: $(VENV)/.tools
 	@tools/install_test_libraries
@@ -51,12 +51,14 @@ sanitize: $(VENV)/.tools
 
 bench: build $(VENV)/.test $(VENV)/.demo
 	@tools/install_test_libraries
+	$(PIP) install -q $(PIN) --no-deps torchao
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset benchmark -G Ninja
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset benchmark
 	build/benchmark/benchmarks/cpp/halfbyte_benchmarks
 	$(BIN)/python -m benchmarks.python.compare
 	$(BIN)/python -m benchmarks.python.bench_adamw8
-	$(BIN)/python -m benchmarks.python.train_step --model smollm2 --rounds 2
+	$(BIN)/python -m benchmarks.python.generate --model smollm2
+	$(BIN)/python -m benchmarks.python.train_step --model smollm2,tinyllama --sequence 128,512
 	$(BIN)/python -m benchmarks.python.chart
 
 clean:

@@ -1,53 +1,57 @@
-"""AdamW8bit against torch's fused fp32 AdamW, bitsandbytes and torchao, interleaved in one process.
+"""AdamW8bit against torch's fused fp32 AdamW, bitsandbytes and torchao, in turns in one process.
 
-    python -m benchmarks.python.bench_adamw8 [--elements 20000] [--tensors 200] [--repeats 100]
+    python -m benchmarks.python.bench_adamw8 [--elements 20000] [--tensors 200] [--seconds 2]
 
 First the check: one step from zero state must agree with torch. Then every optimizer steps its own
-copy of the parameters, A B C A B C ..., with the same gradients. GB/s counts the bytes a step must
-move (parameters and state read and written, gradients read once) at the minimum time.
+copy of the parameters with the same gradients. GB/s counts the bytes a step must move (parameters
+and state read and written, gradients read once) at the minimum time; the roof is the measured rate
+of copying in memory, as the other optimizers' turns leave little in the caches. Writes adamw8.csv.
+
+Example: python -m benchmarks.python.bench_adamw8 --elements 4000000 --tensors 1
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks.python.timing import ROOT, commit, machine, print_table, write_csv
+from benchmarks.python import peers, timing
+from halfbyte.cli.bench import COLD_BYTES
 from halfbyte.optim import AdamW8bit
 
+# Bytes a parameter: parameter read and written, gradient read, two states read and written.
 BYTES = {"fp32": 4 * 2 + 4 + 8 * 2, "8 bit": 4 * 2 + 4 + 2.03125 * 2}
+OURS = "halfbyte ratio"
 
 
-def optimizers() -> dict[str, tuple[Callable, str, int]]:
-    """Name -> (constructor, state, steps are timed every so many rounds)."""
-    found = {
-        "halfbyte ratio": (AdamW8bit, "8 bit", 1),
-        "halfbyte moments": (lambda params: AdamW8bit(params, state="moments"), "8 bit", 1),
-        "halfbyte fp32 moments": (
-            lambda params: AdamW8bit(params, min_8bit_size=1 << 62),
-            "fp32",
-            1,
-        ),
-        "torch fused fp32": (lambda params: torch.optim.AdamW(params, fused=True), "fp32", 1),
-        "torch foreach fp32": (lambda params: torch.optim.AdamW(params, foreach=True), "fp32", 10),
-    }
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.suppress(ImportError):
-            import bitsandbytes
+def _moments(params):
+    return AdamW8bit(params, state="moments")
 
-            found["bitsandbytes 8 bit"] = (bitsandbytes.optim.AdamW8bit, "8 bit", 10)
-        with contextlib.suppress(ImportError):
-            from torchao.optim import AdamW8bit as TorchAo
 
-            found["torchao 8 bit"] = (TorchAo, "8 bit", 10)
-    return found
+def _fp32_moments(params):
+    return AdamW8bit(params, min_8bit_size=1 << 62)
+
+
+def _fused(params):
+    return torch.optim.AdamW(params, fused=True)
+
+
+def _foreach(params):
+    return torch.optim.AdamW(params, foreach=True)
+
+
+# Name -> (its state, what returns its constructor; a peer may be Unavailable).
+OPTIMIZERS: dict[str, tuple[str, Callable[[], Callable]]] = {
+    OURS: ("8 bit", lambda: AdamW8bit),
+    "halfbyte moments": ("8 bit", lambda: _moments),
+    "halfbyte fp32 moments": ("fp32", lambda: _fp32_moments),
+    "torch fused fp32": ("fp32", lambda: _fused),
+    "torch foreach fp32": ("fp32", lambda: _foreach),
+    "bitsandbytes 8 bit": ("8 bit", peers.bitsandbytes_adamw8),
+    "torchao 8 bit": ("8 bit", peers.torchao_adamw8),
+}
 
 
 def make_params(elements: int, tensors: int) -> list[torch.Tensor]:
@@ -60,6 +64,7 @@ def make_params(elements: int, tensors: int) -> list[torch.Tensor]:
 
 
 def check(elements: int) -> None:
+    """One step against torch's. Raises AssertionError."""
     ours, exact = make_params(elements, 2), make_params(elements, 2)
     AdamW8bit(ours).step()
     torch.optim.AdamW(exact).step()
@@ -67,49 +72,48 @@ def check(elements: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def measure(elements: int, tensors: int, repeats: int) -> list[dict]:
+def measure(elements: int, tensors: int, seconds: float) -> list[dict]:
     """One row an optimizer, `elements` parameters in each of `tensors` tensors."""
-    steppers, samples = {}, {}
-    for name, (make, state, every) in optimizers().items():
-        optimizer = make(make_params(elements, tensors))
-        optimizer.step()
-        steppers[name] = (optimizer.step, state, every)
-        samples[name] = []
-    for i in range(repeats):
-        for name, (step, _, every) in steppers.items():
-            if i % every == 0:
-                start = time.perf_counter()
-                step()
-                samples[name].append(1e3 * (time.perf_counter() - start))
-    best = {name: min(times) for name, times in samples.items()}
+    steps, why_not = {}, {}
+    for name, (_, constructor) in OPTIMIZERS.items():
+        try:
+            steps[name] = constructor()(make_params(elements, tensors)).step
+        except peers.Unavailable as reason:
+            why_not[name] = str(reason)
+    taken = timing.sample(steps, turns=200, seconds=seconds)
     count = elements * tensors
-    return [
-        {
-            "parameters": count,
-            "tensors": tensors,
-            "optimizer": name,
-            "min ms": best[name],
-            "median ms": statistics.median(samples[name]),
-            "ns a parameter": 1e6 * best[name] / count,
-            "GB/s": BYTES[state] * count / best[name] / 1e6,
-            "times halfbyte": best[name] / best["halfbyte ratio"],
+    table = []
+    for name, (state, _) in OPTIMIZERS.items():
+        row = {"parameters": count, "tensors": tensors, "optimizer": name}
+        if name in why_not:
+            table.append(row | {"min ms": why_not[name]})
+            continue
+        best, moved = min(taken[name]), BYTES[state] * count
+        roof = 1e-6 * moved / timing.memory_roof(max(int(moved), COLD_BYTES), "copy")
+        row |= {
+            "min ms": best,
+            "median ms": statistics.median(taken[name]),
+            "ns a parameter": 1e6 * best / count,
+            "GB/s": 1e-6 * moved / best,
+            "roof ms": roof,
+            "of roof": roof / best,
+            "times halfbyte": best / min(taken[OURS]),
         }
-        for name, (_, state, _) in steppers.items()
-    ]
+        table.append(row)
+    return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--elements", type=int, default=20_000)
-    parser.add_argument("--tensors", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
-    print(f"machine: {machine()}; commit {commit()}; torch {torch.__version__}")
+def main(arguments: list[str] | None = None) -> None:
+    command = timing.parser(__doc__)
+    command.add_argument("--elements", type=int, default=20_000)
+    command.add_argument("--tensors", type=int, default=200)
+    command.add_argument("--seconds", type=float, default=2.0, help="time an optimizer, at least")
+    options = command.parse_args(arguments)
+    timing.print_birthplace()
     check(options.elements)
-    rows = measure(options.elements, options.tensors, options.repeats)
-    print_table("AdamW step", rows)
-    write_csv(options.output / "adamw8.csv", rows)
+    table = measure(options.elements, options.tensors, options.seconds)
+    timing.print_table("AdamW step", table)
+    timing.write_csv(options.output / "adamw8.csv", table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Draws the ratio chart of the README from the CSV files that the benchmarks wrote.
 
-python -m benchmarks.python.chart [--results FOLDER] [--output docs/images/speed.png]
+    python -m benchmarks.python.chart [--results FOLDER] [--output docs/images/speed.png]
+
+Example: python -m benchmarks.python.chart --output speed.png
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from benchmarks.python.timing import ROOT  # noqa: E402
 
-SHAPE = "llama-2-7b.q_proj 4096 x 4096"
+SHAPE = "llama-2-7b.q_proj"
+FILES = ("formats.csv", "adamw8.csv", "linear.csv", "train_step.csv", "generate.csv")
 INK, BAR, PARITY = "#22303c", "#2a7f9e", "#b8402f"
 
 
@@ -27,34 +30,58 @@ def read(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def ratio(text: str) -> float | None:
+    """A ratio, or None where the table says why there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def bars(results: Path) -> list[tuple[str, float]]:
     """(label, ratio) from top to bottom."""
     rows = []
     for case in read(results / "formats.csv"):
-        if "out=" in case["case"]:
-            continue
-        label = case["case"].split(",")[0].replace(" + double quantization", " + DQ")
-        rows.append((f"{label}\nagainst bitsandbytes", float(case["ratio"])))
+        label = {
+            ("quantize", "float32"): "quantize float32 -> NF4 + DQ",
+            ("dequantize", "bfloat16"): "dequantize -> bfloat16",
+        }.get((case["case"], case["dtype"]))
+        if label:
+            rows.append((f"{label}\nagainst bitsandbytes", ratio(case["vs bitsandbytes"])))
     for case in read(results / "adamw8.csv"):
         if case["optimizer"].startswith("bitsandbytes"):
-            ratio = float(case["times halfbyte"])
-            rows.append(("AdamW 8-bit step, 4 M parameters\nagainst bitsandbytes", ratio))
-    for case in read(results / "linear_bfloat16.csv"):
-        if case["shape"] != SHAPE or case["M"] not in ("1", "16", "512"):
+            label = "AdamW 8-bit step, 4 M parameters\nagainst bitsandbytes"
+            rows.append((label, ratio(case["times halfbyte"])))
+    for case in read(results / "linear.csv"):
+        key = (case["shape"], case["dtype"], case["weights"])
+        if key != (SHAPE, "bfloat16", "warm") or case["M"] not in ("1", "16", "512"):
             continue
-        rows.append((f"linear, M = {case['M']}\nagainst dense bf16", float(case["vs dense"])))
-        if case["M"] == "512":
-            ratio = float(case["LoRA vs dense"])
-            rows.append(("LoRA forward + backward, M = 512\nagainst dense bf16", ratio))
-    for case in read(results / "train_step_smollm2.csv"):
-        if case["system"] == "halfbyte":
-            label = f"SmolLM2-135M training step, sequence {case['sequence']}"
-            ratio = float(case["vs PEFT + bitsandbytes"])
-            rows.append((f"{label}\nagainst PEFT + bitsandbytes", ratio))
-    return rows
+        if case["case"] == "forward":
+            for peer, name in (("dense", "dense bf16"), ("bitsandbytes eval",) * 2):
+                label = f"linear, M = {case['M']}\nagainst {name}"
+                rows.append((label, ratio(case.get(f"vs {peer}", ""))))
+        if case["case"] == "LoRA step" and case["M"] == "512":
+            label = "LoRA forward + backward, M = 512\nagainst dense bf16"
+            rows.append((label, ratio(case["vs dense"])))
+    for file, what in (("train_step.csv", "training step"), ("generate.csv", "generation")):
+        for case in read(results / file):
+            if case["system"] != "halfbyte" or case.get("adapter") == "none":
+                continue
+            length = f", sequence {case['sequence']}" if "sequence" in case else ", LoRA"
+            model = case["model"].removesuffix(", random weights")
+            label = f"{model}:\n{what}{length}, against PEFT + bitsandbytes"
+            rows.append((label, ratio(case["vs PEFT + bitsandbytes"])))
+    return [(label, value) for label, value in rows if value is not None]
 
 
-def draw(rows: list[tuple[str, float]], birthplace: str, output: Path) -> None:
+def birthplace(results: Path) -> str:
+    """Machines and commits of everything that is drawn."""
+    cases = [case for name in FILES for case in read(results / name)]
+    places = dict.fromkeys(f"{case['machine']}, commit {case['commit']}" for case in cases)
+    return "benchmarks.python on " + "; ".join(places)
+
+
+def draw(rows: list[tuple[str, float]], where: str, output: Path) -> None:
     figure, axes = plt.subplots(figsize=(8.4, 0.62 * len(rows) + 1.2), dpi=150)
     labels, values = zip(*rows, strict=True)
     places = range(len(rows), 0, -1)
@@ -80,23 +107,23 @@ def draw(rows: list[tuple[str, float]], birthplace: str, output: Path) -> None:
         color=INK,
         loc="left",
     )
-    figure.text(0.01, 0.01, birthplace, fontsize=7, color="#667")
+    figure.text(0.01, 0.01, where, fontsize=7, color="#667")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "speed.png")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rows = bars(options.results)
     if not rows:
         raise SystemExit(f"{options.results}: no results; run benchmarks.python.compare first")
-    first = read(options.results / "formats.csv")[0]
-    birthplace = f"make bench on {first['machine']}, commit {first['commit']}"
-    draw(rows, birthplace, options.output)
+    draw(rows, birthplace(options.results), options.output)
     print(options.output)
 
 

@@ -1,117 +1,87 @@
-"""halfbyte against torch and bitsandbytes: formats and linear layers, checked first, then timed.
+"""The linear layer against torch, bitsandbytes and torchao; formats; older instruction sets.
 
-    python -m benchmarks.python.compare [--shape NAME ...] [--rows 1,16,512] [--output FOLDER]
+    python -m benchmarks.python.compare            the short form: two shapes, bfloat16
+    python -m benchmarks.python.compare --full     all shapes of shapes.csv, all dtypes
 
-Prints Markdown tables and writes CSV. Ratios are time of the peer / time of halfbyte, in one
-process. Shapes are named in benchmarks/shapes.csv. `halfbyte bench` is the short form.
+Checks results first, then times in one process, in turns; ratios are time of the peer / time of
+halfbyte. Writes linear.csv (times and ratios of all peers), formats.csv and isa.csv.
+`halfbyte bench` is the form for one shape of your own.
+
+Example: python -m benchmarks.python.compare --shape tinyllama-1.1b.up_proj --rows 1,512
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import csv
-import io
-from pathlib import Path
-
 import torch
 
-import halfbyte
-from benchmarks.python.timing import ROOT, commit, machine, print_table, write_csv
-from halfbyte.cli.bench import cold_cases, interleaved, linear_cases, measured_roof
+from benchmarks.python import formats, isa, linear, peers, timing
+
+SHORT = {
+    "shape": ["llama-2-7b.q_proj", "smollm2-135m.up_proj"],
+    "rows": [1, 4, 16, 64, 128, 512],
+    "dtypes": ["bfloat16"],
+    "isa_rows": [1, 512],
+}
+FULL = {
+    "shape": list(timing.named_shapes()),
+    "rows": [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048],
+    "dtypes": ["bfloat16", "float32", "float16"],
+    "isa_rows": [1, 16, 128, 512, 2048],
+}
+COLD_ROWS = 32  # with more rows the arithmetic hides where the weight comes from
+PARTS = ("formats", "linear", "isa")
 
 
-def _bitsandbytes():
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        import bitsandbytes
-    return bitsandbytes
+def compare_linear(options) -> list[dict]:
+    """Warm and cold rows of every shape and dtype; each shape's tables are printed when done."""
+    table = []
+    for dtype in (getattr(torch, name) for name in options.dtypes):
+        roof = linear.compute_roof(dtype)
+        print(f"arithmetic roof, {dtype}, operands in cache: {roof:.0f} GFLOP/s", flush=True)
+        for name in options.shape:
+            task = linear.Task(
+                name,
+                timing.named_shapes()[name],
+                dtype,
+                options.rank,
+                tuple(options.peers),
+                seconds=options.seconds,
+            )
+            rows = linear.warm(task, options.rows, roof)
+            few = [m for m in options.rows if m <= COLD_ROWS]
+            rows += linear.cold(task, few, roof) if few else []
+            for weights, case in dict.fromkeys((row["weights"], row["case"]) for row in rows):
+                chosen = [r for r in rows if (r["weights"], r["case"]) == (weights, case)]
+                title = f"{name}, {dtype}, {weights} weights: {case}"
+                timing.print_table(title, linear.short(chosen))
+            table += rows
+    return table
 
 
-def compare_formats(shape: tuple[int, int]) -> list[dict]:
-    """Quantize (double-quantized) and dequantize; bitsandbytes has no `out=` on the CPU."""
-    bnb = _bitsandbytes()
-    weight = torch.randn(shape) * 0.02
-    mine = halfbyte.quantize_nf4(weight)
-
-    def their_quantize():
-        return bnb.functional.quantize_4bit(
-            weight, blocksize=64, quant_type="nf4", compress_statistics=True
-        )
-
-    theirs, state = their_quantize()
-    if not torch.equal(mine.packed, theirs.flatten()):
-        raise ValueError("codes differ from bitsandbytes")
-    state.dtype = torch.bfloat16
-
-    def their_dequantize():
-        return bnb.functional.dequantize_4bit(theirs, state)
-
-    out = torch.empty(shape, dtype=torch.bfloat16)
-    cases = {
-        "quantize float32 -> NF4 + double quantization": (
-            lambda: halfbyte.quantize_nf4(weight),
-            their_quantize,
-            weight.nbytes,
-        ),
-        "dequantize -> bfloat16": (
-            lambda: mine.dequantize(torch.bfloat16),
-            their_dequantize,
-            out.nbytes,
-        ),
-        "dequantize -> bfloat16 (halfbyte: out=)": (
-            lambda: mine.dequantize(out=out),
-            their_dequantize,
-            out.nbytes,
-        ),
-    }
-    rows = []
-    for name, (ours, baseline, moved) in cases.items():
-        best = interleaved({"halfbyte": ours, "bitsandbytes": baseline})
-        rows.append(
-            {
-                "case": f"{name}, {shape[0]} x {shape[1]}",
-                "halfbyte ms": best["halfbyte"],
-                "GB/s": moved / best["halfbyte"] / 1e6,
-                "bitsandbytes ms": best["bitsandbytes"],
-                "ratio": best["bitsandbytes"] / best["halfbyte"],
-            }
-        )
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", action="append", help="a name from benchmarks/shapes.csv")
-    parser.add_argument("--rows", default="1,4,16,32,64,128,512,2048")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    roof = measured_roof(dtype)
-    print(f"machine: {machine()}; commit {commit()}; torch {torch.__version__}")
-    print(f"roof, operands in cache: {roof:.0f} GFLOP/s in {options.dtype}")
-
-    with (ROOT / "benchmarks" / "shapes.csv").open() as file:
-        shapes = {row["name"]: (int(row["N"]), int(row["K"])) for row in csv.DictReader(file)}
-    formats = compare_formats((4096, 4096))
-    print_table("Formats", formats)
-    write_csv(options.output / "formats.csv", formats)
-
-    rows = [int(m) for m in options.rows.split(",")]
-    warm, cold = [], []
-    for name in options.shape or ["llama-2-7b.q_proj", "smollm2-135m.up_proj"]:
-        shape = {"shape": f"{name} {shapes[name][0]} x {shapes[name][1]}"}
-        cases = linear_cases(shapes[name], rows, dtype, options.rank, roof)
-        warm += [shape | case for case in cases]
-        few = [m for m in rows if m <= 32]
-        cold += [shape | case for case in cold_cases(shapes[name], few, dtype)] if few else []
-    print_table(f"Linear, {options.dtype}, LoRA rank {options.rank}", warm)
-    write_csv(options.output / f"linear_{options.dtype}.csv", warm)
-    if cold:
-        print_table(f"Linear, {options.dtype}, weights from memory", cold)
-        write_csv(options.output / f"linear_{options.dtype}_cold.csv", cold)
+def main(arguments: list[str] | None = None) -> None:
+    command = timing.parser(__doc__)
+    command.add_argument("--full", action="store_true", help="every shape and dtype: long")
+    command.add_argument("--only", type=timing.names, default=list(PARTS), help=", ".join(PARTS))
+    command.add_argument("--shape", action="append", choices=list(timing.named_shapes()))
+    command.add_argument("--rows", type=timing.numbers, metavar="M,M")
+    command.add_argument("--dtypes", type=timing.names, metavar="DTYPE,DTYPE")
+    command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--peers", type=timing.names, default=list(peers.LINEAR), metavar="P,P")
+    command.add_argument("--seconds", type=float, default=0.3, help="time a call, at least")
+    options = command.parse_args(arguments)
+    chosen = FULL if options.full else SHORT
+    isa_rows = options.rows or chosen["isa_rows"]
+    for name in ("shape", "rows", "dtypes"):
+        setattr(options, name, getattr(options, name) or chosen[name])
+    timing.print_birthplace()
+    if "formats" in options.only:
+        formats.write(formats.compare((4096, 4096), options.seconds), options.output)
+    if "linear" in options.only:
+        timing.write_csv(options.output / "linear.csv", compare_linear(options))
+    if "isa" in options.only:
+        capped = [name for name in options.dtypes if name != "float16"]
+        table = isa.compare(options.shape[0], isa_rows, capped, options.seconds)
+        isa.write(table, options.output)
 
 
 if __name__ == "__main__":

@@ -1,187 +1,168 @@
 """One optimizer step of LoRA fine-tuning, end to end: halfbyte, PEFT + bitsandbytes, PEFT on bf16.
 
-    python -m benchmarks.python.train_step [--model smollm2|tinyllama|llama7b] [--layers N]
-                                           [--sequence 128,512] [--rank 16] [--steps 4]
+    python -m benchmarks.python.train_step [--model smollm2,tinyllama,llama7b] [--layers N]
+                                           [--sequence 128,512,2048] [--rank 16]
+                                           [--loss model|linear_cross_entropy]
 
-Same model, data and adapter initialisation; every system in a process of its own, so that peak
-memory is its own, and the processes take turns. The time is the fastest step. `smollm2` is the
-demo's model (real weights), the others have the shape and random weights. Needs `make build` and,
-for smollm2, the demo's packages.
+Same model, data, adapters and loss; 8-bit AdamW of each library, torch's fused AdamW for dense.
+Every system runs in a process of its own, so that peak memory is its own, and the processes take
+turns. The time is the fastest step; the step's peak leaves out what loading needed. First losses
+must agree. `--loss model` is the loss of transformers' models, over all logits in float32;
+`linear_cross_entropy` is torch's, in chunks: less memory, a loss in bf16, and on the CPU more time.
+Models are described in models.py; without --layers, tinyllama has 4 layers here and llama7b 2.
+Writes train_step.csv.
+
+Example: python -m benchmarks.python.train_step --model tinyllama --layers 8 --sequence 512
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.python.timing import ROOT, commit, machine, print_table, write_csv
+import torch
 
-SYSTEMS = ("halfbyte", "peft+bitsandbytes", "peft bf16")
-SHAPES = {
-    "tinyllama": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "llama7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-}
+from benchmarks.python import models, peers, processes, timing
+
+LAYERS = {"tinyllama": 4, "llama7b": 2}
+# Loss -> how far first losses may differ, relative: bf16 in another order; a loss summed in bf16.
+LOSSES = {"model": 5e-3, "linear_cross_entropy": 0.02}
 
 
-def prepare(model: str, layers: int | None, folder: Path) -> Path:
-    """A Hugging Face folder in bf16: the demo's model, or random weights of a shape."""
-    import torch
-    import transformers
-
-    if model == "smollm2":
-        from halfbyte.finetune import base, demo
-
-        package = demo._package_folder(demo.MODEL_PACKAGE, demo.MODEL_REQUIREMENT)
-        return base.convert(base.open_base(package / demo.MODEL_FILE)).folder
-    settings = dict(SHAPES[model])
-    if layers:
-        settings["num_hidden_layers"] = layers
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**settings)
-    dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    dense.save_pretrained(folder)
-    return folder
-
-
-def load(system: str, folder: Path, rank: int):
-    """(model with adapters, optimizer) of one system."""
-    import peft
-    import torch
-    import transformers
-
-    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
-    if system == "peft+bitsandbytes":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        options["device_map"] = "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+def make_optimizer(system: str, adapters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if system == "halfbyte":
         import halfbyte
-        from halfbyte.integrations import peft as bridge
 
-        halfbyte.quantize_(model)
-        bridge.enable()
-    torch.manual_seed(0)
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    model = peft.get_peft_model(model, settings)
-    adapters = [p for p in model.parameters() if p.requires_grad]
-    if system == "halfbyte":
-        return model, halfbyte.optim.AdamW8bit(adapters, lr=1e-4)
-    if system == "peft+bitsandbytes":
+        return halfbyte.optim.AdamW8bit(adapters, lr=1e-4)
+    if system == "PEFT + bitsandbytes":
         import bitsandbytes
 
-        return model, bitsandbytes.optim.AdamW8bit(adapters, lr=1e-4)
-    return model, torch.optim.AdamW(adapters, lr=1e-4, fused=True)
+        return bitsandbytes.optim.AdamW8bit(adapters, lr=1e-4)
+    return torch.optim.AdamW(adapters, lr=1e-4, fused=True)
 
 
-def child(system: str, folder: Path, sequence: int, rank: int, steps: int) -> None:
-    """Times one system; prints a JSON line."""
-    import torch
+def loss_of(model, tokens: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean cross-entropy of each next token."""
+    if kind == "model":
+        return model(input_ids=tokens, labels=tokens).loss
+    causal = model.get_base_model()
+    hidden = causal.model(input_ids=tokens).last_hidden_state[0, :-1]
+    return torch.nn.functional.linear_cross_entropy(
+        hidden,
+        causal.lm_head.weight,
+        tokens[0, 1:],
+        options=torch.nn.LinearCrossEntropyOptions(acc_policy="accurate"),
+    )
 
-    model, optimizer = load(system, folder, rank)
-    model.train()
+
+def child(system: str, folder: Path, sequence: int, options) -> dict:
+    """Times one system in this process."""
+    model = models.add_adapter(system, models.load_base(system, folder), options.rank).train()
+    optimizer = make_optimizer(system, [p for p in model.parameters() if p.requires_grad])
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (1, sequence), generator=generator)
+    vocabulary = model.config.vocab_size
+    tokens = torch.randint(0, vocabulary, (1, sequence), generator=generator)
     times, losses = [], []
-    for _ in range(steps + 1):  # the first warms up
+    whole = processes.peak_memory()
+    for i in range(options.steps + 1):  # the first warms up
+        if i == 1:
+            whole = max(whole, processes.peak_memory())
+            processes.forget_peak()
         start = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = loss_of(model, tokens, options.loss)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
         losses.append(loss.item())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {"seconds": min(times[1:]), "peak": peak, "first": losses[0], "last": losses[-1]}
-    print("RESULT " + json.dumps(result), flush=True)
+    peak = processes.peak_memory()
+    return {
+        "seconds": min(times[1:]),
+        "step peak": peak,
+        "peak": max(whole, peak),
+        "first": losses[0],
+        "last": losses[-1],
+    }
 
 
 def run_child(system: str, folder: Path, sequence: int, options) -> dict:
-    command = [
-        *(sys.executable, "-m", "benchmarks.python.train_step", "--child", system),
-        *("--folder", str(folder), "--sequence", str(sequence)),
-        *("--rank", str(options.rank), "--steps", str(options.steps)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    raise RuntimeError(f"{system}: no result\n{done.stderr[-2000:]}")
+    arguments = ["--child", system, "--folder", str(folder), "--sequence", str(sequence)]
+    arguments += ["--rank", str(options.rank), "--steps", str(options.steps)]
+    return processes.run("benchmarks.python.train_step", [*arguments, "--loss", options.loss])
 
 
-def compare(options) -> list[dict]:
-    rows = []
+def check(results: dict[str, dict], tolerance: float) -> None:
+    """All systems start from the same loss. Raises ValueError."""
+    expected = results["PEFT bf16"]["first"]
+    for system, result in results.items():
+        if not abs(result["first"] / expected - 1) <= tolerance:
+            raise ValueError(
+                f"{system}: expected a first loss of {expected:.4f}, got {result['first']:.4f}"
+            )
+
+
+def compare(model: str, options) -> list[dict]:
+    """One row a sequence length and system."""
+    table = []
+    layers = options.layers if model != "smollm2" else None
+    layers = layers or LAYERS.get(model)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = prepare(options.model, options.layers, Path(scratch))
-        for sequence in (int(n) for n in options.sequence.split(",")):
+        with peers.quiet():
+            folder = models.prepare(model, layers, Path(scratch))
+        for sequence in options.sequence:
             best: dict[str, dict] = {}
             for _ in range(options.rounds):
-                for system in SYSTEMS:
+                for system in models.SYSTEMS:
                     result = run_child(system, folder, sequence, options)
                     if system not in best or result["seconds"] < best[system]["seconds"]:
                         best[system] = result
-            baseline = best["peft+bitsandbytes"]["seconds"]
+            check(best, LOSSES[options.loss])
             for system, result in best.items():
-                rows.append(
-                    {
-                        "model": options.model
-                        + (f" ({options.layers} layers)" if options.layers else ""),
-                        "sequence": sequence,
-                        "system": system,
-                        "tokens/s": sequence / result["seconds"],
-                        "vs PEFT + bitsandbytes": baseline / result["seconds"],
-                        "peak MB": round(result["peak"] / 1e6),
-                        "first loss": result["first"],
-                        "last loss": result["last"],
-                    }
-                )
-    return rows
+                row = {
+                    "model": models.describe(model, layers),
+                    "loss": options.loss,
+                    "rank": options.rank,
+                    "sequence": sequence,
+                    "system": system,
+                    "tokens/s": sequence / result["seconds"],
+                }
+                for peer in models.SYSTEMS[1:]:
+                    row[f"vs {peer}"] = best[peer]["seconds"] / result["seconds"]
+                row |= {
+                    "step peak MB": round(result["step peak"] / 1e6),
+                    "process peak MB": round(result["peak"] / 1e6),
+                    "first loss": round(result["first"], 4),
+                    "last loss": round(result["last"], 4),
+                }
+                table.append(row)
+    return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", choices=["smollm2", *SHAPES])
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--sequence", default="128,512")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    command = timing.parser(__doc__)
+    command.add_argument("--model", type=timing.names, default=["smollm2", "tinyllama"])
+    command.add_argument("--layers", type=int, help="of tinyllama and llama7b")
+    command.add_argument("--sequence", type=timing.numbers, default=[128, 512], metavar="S,S")
+    command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--loss", default="model", choices=list(LOSSES))
+    command.add_argument("--steps", type=int, default=4)
+    command.add_argument("--rounds", type=int, default=1, help="turns of each system's process")
+    command.add_argument("--child", choices=models.SYSTEMS, help="measure in this process")
+    command.add_argument("--folder", type=Path, help="the child's model")
+    options = command.parse_args(arguments)
+    if unknown := set(options.model) - set(models.NAMES):
+        command.error(f"--model: expected {', '.join(models.NAMES)}, got {sorted(unknown)[0]!r}")
     if options.child:
-        child(options.child, options.folder, int(options.sequence), options.rank, options.steps)
+        processes.report(child(options.child, options.folder, options.sequence[0], options))
         return
-    print(f"machine: {machine()}; commit {commit()}")
-    rows = compare(options)
-    print_table("One optimizer step, LoRA on all linear layers", rows)
-    write_csv(options.output / f"train_step_{options.model}.csv", rows)
+    timing.print_birthplace()
+    table = []
+    for model in options.model:
+        rows = compare(model, options)
+        timing.print_table("One optimizer step, LoRA on all linear layers", rows)
+        table += rows
+    timing.write_csv(options.output / "train_step.csv", table)
 
 
 if __name__ == "__main__":

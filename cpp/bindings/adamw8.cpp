@@ -67,9 +67,20 @@ std::vector<AdamW8Tensor> tensors_of_table(const py::buffer& table) {
   return tensors;
 }
 
-using GroupTuple = std::tuple<double, double, double, double, double, bool>;
-
 }  // namespace
+
+AdamW8Params adamw8_params(const py::buffer& table, const std::vector<AdamW8GroupTuple>& groups,
+                           int threads, int device, uintptr_t stream, TensorView bad) {
+  AdamW8Params params;
+  params.tensors = tensors_of_table(table);
+  for (const auto& [lr, beta1, beta2, eps, weight_decay, maximize] : groups)
+    params.groups.push_back({lr, beta1, beta2, eps, weight_decay, maximize});
+  params.threads = threads;
+  if (device >= 0) params.place = {Device::kCuda, device};
+  params.stream = stream_of(stream);
+  params.bad = std::move(bad);
+  return params;
+}
 
 void bind_adamw8(py::module_& module) {
   py::list columns;
@@ -81,15 +92,12 @@ void bind_adamw8(py::module_& module) {
       .value("ratio", AdamW8State::kRatio);
 
   // groups: (lr, beta1, beta2, eps, weight_decay, maximize). Returns (row, index) of the first
-  // non-finite gradient element, or (-1, -1).
+  // non-finite gradient element, or (-1, -1). On CUDA (`device` >= 0) `bad` learns it, later.
   module.def(
       "adamw8_step",
-      [](const py::buffer& table, const std::vector<GroupTuple>& groups, int threads) {
-        AdamW8Params params;
-        params.tensors = tensors_of_table(table);
-        for (const auto& [lr, beta1, beta2, eps, weight_decay, maximize] : groups)
-          params.groups.push_back({lr, beta1, beta2, eps, weight_decay, maximize});
-        params.threads = threads;
+      [](const py::buffer& table, const std::vector<AdamW8GroupTuple>& groups, int threads,
+         int device, uintptr_t stream, const TensorView& bad) {
+        const AdamW8Params params = adamw8_params(table, groups, threads, device, stream, bad);
         AdamW8Result result;
         {
           py::gil_scoped_release release;
@@ -97,7 +105,8 @@ void bind_adamw8(py::module_& module) {
         }
         return py::make_tuple(result.tensor, result.index);
       },
-      py::arg("table"), py::arg("groups"), py::arg("threads"));
+      py::arg("table"), py::arg("groups"), py::arg("threads"), py::arg("device") = -1,
+      py::arg("stream") = 0, py::arg("bad") = py::none());
   module.def("adamw8_variants", [] { return variant_rows(adamw8_variants()); });
 }
 

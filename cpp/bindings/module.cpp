@@ -22,10 +22,17 @@ PYBIND11_MODULE(_C, module) {
     return features;
   });
   module.def("cuda_why_not", &cuda_why_not);
+  module.def("cuda_devices", &cuda_devices);
+  module.def(
+      "cuda_variants",
+      [](const std::string& op, int device) { return variant_rows(cuda_variants(op, device)); },
+      py::arg("op"), py::arg("device"));
+  module.def("forced_variant", [](const std::string& op) { return forced_variant(op.c_str()); });
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("memory"));
 
   bind_views(module);
   bind_nf4(module);
   bind_lora_linear(module);
   bind_adamw8(module);
+  bind_paged(module);
 }

@@ -11,13 +11,14 @@ constexpr size_t kDtypes = 6;
 // Borrowed torch.dtype objects, which live as long as torch does.
 struct Dtypes {
   PyObject* objects[kDtypes] = {};
-  PyObject *data_ptr, *dtype, *shape, *is_cpu, *is_contiguous;
+  PyObject *data_ptr, *dtype, *shape, *is_cpu, *get_device, *is_contiguous;
 
   Dtypes()
       : data_ptr(PyUnicode_InternFromString("data_ptr")),
         dtype(PyUnicode_InternFromString("dtype")),
         shape(PyUnicode_InternFromString("shape")),
         is_cpu(PyUnicode_InternFromString("is_cpu")),
+        get_device(PyUnicode_InternFromString("get_device")),
         is_contiguous(PyUnicode_InternFromString("is_contiguous")) {}
 };
 
@@ -66,8 +67,10 @@ TensorView view_of(py::handle tensor, Statistics statistics) {
   std::vector<int64_t> shape(extents.size());
   for (size_t i = 0; i < shape.size(); ++i) shape[i] = extents[i].cast<int64_t>();
   const auto address = call(tensor, names.data_ptr).cast<uintptr_t>();
-  const Device device = attribute(tensor, names.is_cpu).cast<bool>() ? Device::kCpu : Device::kCuda;
-  return TensorView(reinterpret_cast<void*>(address), dtype, std::move(shape), device);
+  Place place;
+  if (!attribute(tensor, names.is_cpu).cast<bool>())
+    place = {Device::kCuda, call(tensor, names.get_device).cast<int>()};
+  return TensorView(reinterpret_cast<void*>(address), dtype, std::move(shape), place);
 }
 
 QuantizedView quantized_view_of(py::handle weight) {

@@ -10,6 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "halfbyte/adamw8.h"
 #include "halfbyte/nf4.h"
 #include "halfbyte/tensor_view.h"
 
@@ -18,11 +19,22 @@ namespace halfbyte {
 void bind_nf4(pybind11::module_& module);
 void bind_lora_linear(pybind11::module_& module);
 void bind_adamw8(pybind11::module_& module);
+void bind_paged(pybind11::module_& module);
 void bind_views(pybind11::module_& module);
 
 enum class Statistics { kNo, kYes };
 TensorView view_of(pybind11::handle tensor, Statistics statistics = Statistics::kNo);
 QuantizedView quantized_view_of(pybind11::handle weight);
+// `torch.cuda.Stream.cuda_stream`, an address; 0 on the CPU.
+inline void* stream_of(uintptr_t stream) {
+  return reinterpret_cast<void*>(stream);
+}
+
+// A step on CUDA device `device`, or on the CPU where it is negative (bindings/adamw8.cpp).
+using AdamW8GroupTuple = std::tuple<double, double, double, double, double, bool>;
+AdamW8Params adamw8_params(const pybind11::buffer& table,
+                           const std::vector<AdamW8GroupTuple>& groups, int threads, int device,
+                           uintptr_t stream, TensorView bad);
 
 // (name, why_not, chosen) rows for Python.
 template <class Rows>

@@ -11,13 +11,14 @@ from halfbyte._native import _C
 from halfbyte.autograd import LoraLinearFunction, lora_linear, nf4_linear
 from halfbyte.nf4_weight import NF4Weight, quantize_4bit, quantize_nf4
 from halfbyte.nn import quantize_
-from halfbyte.variants import cpu_features, cuda_status, variants
+from halfbyte.variants import cpu_features, cuda_devices, cuda_status, variants
 
 __version__ = _C.__version__
 __all__ = [
     "LoraLinearFunction",
     "NF4Weight",
     "cpu_features",
+    "cuda_devices",
     "cuda_status",
     "lora_linear",
     "nf4_linear",

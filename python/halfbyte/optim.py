@@ -1,20 +1,39 @@
-"""AdamW with 8-bit state: 2.03 bytes a parameter, not 8, and one native pass over all parameters.
+"""AdamW as one native pass over all parameters, with 8-bit or fp32 state, on the CPU and on CUDA.
+
+    class                state a parameter    where it lies
+    AdamW8bit            2.03 bytes           with the parameter
+    AdamW32bit           8 bytes              with the parameter
+    PagedAdamW8bit       2.03 bytes           pageable memory: `halfbyte.paging`
+    PagedAdamW32bit      8 bytes              pageable memory
 
 The update is torch's AdamW (decoupled decay, then the step), computed in fp32 from fresh moments;
-between steps each moment is an 8-bit code with one fp32 scale a block of 256 (`ops/adamw8.py` and
+between 8-bit steps each moment is a code with one fp32 scale a block of 256 (`ops/adamw8.py` and
 the C++ header `adamw8_format.h` hold the formats).
+
+    p <- p (1 - lr weight_decay)
+    m <- beta1 m + (1 - beta1) g          v <- beta2 v + (1 - beta2) g^2
+    p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from halfbyte.ops import adamw8
+from halfbyte.paging import PagedMemory
 
-__all__ = ["AdamW8bit", "NonFiniteGradient"]
+__all__ = [
+    "AdamW8bit",
+    "AdamW32bit",
+    "NonFiniteGradient",
+    "PagedAdamW8bit",
+    "PagedAdamW32bit",
+]
 
 
 class NonFiniteGradient(RuntimeError):
@@ -29,27 +48,11 @@ class _Kept:
         self.state = state
 
 
-class AdamW8bit(Optimizer):
-    """AdamW whose moments are kept in blocks of 8-bit codes.
+class _AdamW(Optimizer):
+    """What the four have in common; `AdamW8bit` documents the arguments."""
 
-        p <- p (1 - lr weight_decay)
-        m <- beta1 m + (1 - beta1) g          v <- beta2 v + (1 - beta2) g^2
-        p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-
-    Args:
-        params: parameters, named parameters or groups, as for any torch optimizer: float32,
-            bfloat16 or float16 on the CPU, gradients in the same dtype or in float32, of any
-            strides.
-        lr, betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
-        state: "ratio" keeps m / sqrt(v) and sqrt(v), which follows fp32 AdamW most closely;
-            "moments" keeps m and v.
-        min_8bit_size: tensors with fewer elements keep fp32 moments.
-        on_nonfinite: what a gradient with an infinity or a NaN does, before anything has changed:
-            "raise" a NonFiniteGradient naming the parameter and the element, or "skip" the whole
-            step and count it in `skipped_steps`.
-
-    Each group may set its own lr, betas, eps, weight_decay, maximize, state and min_8bit_size.
-    """
+    _encodings: tuple[str, ...]  # what `state` may be, the default first
+    _paged = False  # the default of `paged`
 
     def __init__(
         self,
@@ -59,32 +62,45 @@ class AdamW8bit(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        state: str = "ratio",
+        state: str | None = None,
         min_8bit_size: int = 4096,
         on_nonfinite: str = "raise",
         maximize: bool = False,
+        paged: bool | None = None,
+        page_bytes: int = 64 << 20,
+        look_ahead: int = 2,
+        evict: bool = False,
+        page_dir: str | os.PathLike | None = None,
     ):
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite: expected 'raise' or 'skip', got {on_nonfinite!r}")
         self.on_nonfinite = on_nonfinite
         self.skipped_steps = 0
-        self._table: adamw8.StepTable | None = None
+        memory = PagedMemory(page_bytes, look_ahead, evict, page_dir)
+        self._memory = memory if (self._paged if paged is None else paged) else None
+        self._parts: list[_Part] = []
+        self._unread: list[adamw8.StepTable] = []  # steps on CUDA whose verdict nobody has read
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "state": state,
+            "state": self._encodings[0] if state is None else state,
             "min_8bit_size": min_8bit_size,
             "block_size": adamw8.BLOCK,
         }
         super().__init__(params, defaults)
 
+    @property
+    def paged(self) -> bool:
+        """Whether the state lies in pageable memory."""
+        return self._memory is not None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its options fall back to the optimizer's."""
         if isinstance(param_group, dict):
-            _check_options({**self.defaults, **param_group})
+            _check_options({**self.defaults, **param_group}, self._encodings)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for i, param in enumerate(group["params"]):
@@ -94,8 +110,9 @@ class AdamW8bit(Optimizer):
                 raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {param.dtype}")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"on_nonfinite": self.on_nonfinite, "skipped_steps": self.skipped_steps}
-        return {**super().__getstate__(), **kept}
+        self._finish()
+        names = ("on_nonfinite", "skipped_steps", "_memory")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state.get("state", {})
@@ -103,33 +120,42 @@ class AdamW8bit(Optimizer):
             if isinstance(value, _Kept):
                 loaded[key] = value.state
         super().__setstate__(state)
-        self._table = None
+        self._parts = []
+        self._unread = []
+        self._place([param for group in self.param_groups for param in group["params"]])
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step for every parameter that has a gradient; returns the closure's loss, if any."""
+        """One step for every parameter that has a gradient; returns the closure's loss, if any.
+
+        On CUDA nothing waits for the device, and a gradient that is not finite is reported late:
+        the device leaves everything as it was, and the next `step` or `state_dict` raises or
+        counts. Where parameters lie on several devices, all gradients are looked at before any
+        device steps, which waits for the devices. A step on CUDA can be captured in a CUDA graph
+        once one has run, unless the state is paged; a replay keeps the hyperparameters of the
+        capture.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._unread and not torch.cuda.is_current_stream_capturing():
+            self._read_verdicts()
         params, grads, groups = self._with_gradients()
         if not params:
             return loss
+        parts = self._parts_for(params, grads, groups)
         scalars = [_scalars(group) for group in self.param_groups]
-        table = self._table_for(params, grads, groups)
-        if table.takes(params, grads):
-            row, index = table.run(params, grads, scalars)
+        if len(parts) == 1:
+            row, index = self._run(parts[0][0], params, grads, scalars)
         else:
-            self._check_tensors(params, grads, groups)
-            row, index = table.run_any(params, grads, scalars)
+            row, index = self._run_on_devices(parts, params, grads, scalars)
         if row < 0:
             torch.autograd.graph.increment_version(params)
         elif self.on_nonfinite == "skip":
             self.skipped_steps += 1
         else:
-            raise NonFiniteGradient(
-                self._nonfinite_message(params[row], grads[row], groups[row], index)
-            )
+            raise NonFiniteGradient(self._nonfinite_message(params[row], grads[row], index))
         return loss
 
     def _with_gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
@@ -143,53 +169,156 @@ class AdamW8bit(Optimizer):
                     groups.append(i)
         return params, grads, groups
 
-    def _check_tensors(self, params, grads, groups) -> None:
-        for param, grad, group in zip(params, grads, groups, strict=True):
+    def _run(self, table: adamw8.StepTable, params, grads, scalars) -> tuple[int, int]:
+        if table.takes(params, grads):
+            bad = table.run(params, grads, scalars)
+        else:
+            self._check_tensors(params, grads)
+            bad = table.run_any(params, grads, scalars)
+        if table.verdict is not None and table not in self._unread:
+            self._unread.append(table)
+        return bad
+
+    def _run_on_devices(self, parts, params, grads, scalars) -> tuple[int, int]:
+        self._check_tensors(params, grads)
+        bad = adamw8.first_nonfinite(grads)
+        if bad == adamw8.FINITE:
+            for table, rows in parts:
+                self._run(table, _pick(params, rows), _pick(grads, rows), scalars)
+        return bad
+
+    def _check_tensors(self, params, grads) -> None:
+        for param, grad in zip(params, grads, strict=True):
             problem = adamw8.tensor_problem(param, grad)
             if problem:
-                raise ValueError(f"{self._name_of(param, group)}: {problem}")
+                raise ValueError(f"{self._name_of(param)}: {problem}")
 
-    def _table_for(self, params, grads, groups) -> adamw8.StepTable:
-        """The table of the last step where it still holds, otherwise a new one."""
+    def _parts_for(self, params, grads, groups) -> list[_Part]:
+        """A table a device: those of the last step where they still hold, otherwise new ones."""
         states = [self.state[param] for param in params]
-        if self._table is not None and self._table.holds(params, states, groups):
-            return self._table
-        self._check_tensors(params, grads, groups)
-        encodings = []
-        for param, group, state in zip(params, groups, states, strict=True):
-            options = self.param_groups[group]
-            if not state:
-                state.update(adamw8.new_state(param.shape, _encoding(param, options)))
-            coded = state["exp_avg"].dtype == torch.uint8
-            encoding = options["state"] if coded else "float32"
-            problem = adamw8.state_problem(state, adamw8.state_layout(param.shape, encoding))
-            if problem:
-                raise ValueError(f"{self._name_of(param, group)}: its state: {problem}")
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and not (value.is_cpu and value.is_contiguous()):
-                    state[name] = value.to("cpu").contiguous()
-            encodings.append(encoding)
-        self._table = adamw8.StepTable(params, states, groups, encodings)
-        return self._table
+        if self._hold(params, states, groups):
+            return self._parts
+        self._check_tensors(params, grads)
+        by_device = _by_device(params)
+        parts = []
+        for device, rows in by_device.items():
+            chosen = _pick(params, rows), _pick(states, rows), _pick(groups, rows)
+            self._create(*chosen, device)
+            encodings = [self._checked_encoding(*each) for each in zip(*chosen, strict=True)]
+            self._place(chosen[0])
+            table = adamw8.StepTable(*chosen, encodings, self._memory)
+            parts.append((table, rows if len(by_device) > 1 else None))
+        self._parts = parts
+        return parts
 
-    def _name_of(self, param: torch.Tensor, group: int) -> str:
-        members = self.param_groups[group]["params"]
-        index = next(i for i, member in enumerate(members) if member is param)
-        return _describe(self.param_groups[group], group, index)
-
-    def _nonfinite_message(self, param, grad, group: int, index: int) -> str:
-        where = [int(i) for i in torch.unravel_index(torch.tensor(index), grad.shape)]
-        value = grad[tuple(where)].item()
-        return (
-            f"{self._name_of(param, group)}: gradient is {value} at {where} (flat index {index}); "
-            "nothing was changed"
+    def _hold(self, params, states, groups) -> bool:
+        if len(self._parts) == 1:
+            return self._parts[0][0].holds(params, states, groups)
+        return sum(len(table.params) for table, _ in self._parts) == len(params) and all(
+            table.holds(_pick(params, rows), _pick(states, rows), _pick(groups, rows))
+            for table, rows in self._parts
         )
+
+    def _create(self, params, states, groups, device: torch.device) -> None:
+        """State for those that have none."""
+        missing = [i for i, state in enumerate(states) if not state]
+        layouts = [
+            adamw8.state_layout(params[i].shape, _encoding(params[i], self.param_groups[groups[i]]))
+            for i in missing
+        ]
+        for i, fresh in zip(missing, self._allocate(layouts, device), strict=True):
+            adamw8.clear(fresh)
+            states[i].update(fresh)
+
+    def _checked_encoding(self, param, state, group: int) -> str:
+        coded = isinstance(state.get("exp_avg"), torch.Tensor) and adamw8.is_coded(state)
+        encoding = self.param_groups[group]["state"] if coded else "float32"
+        problem = adamw8.state_problem(state, adamw8.state_layout(param.shape, encoding))
+        if problem:
+            raise ValueError(f"{self._name_of(param)}: its state: {problem}")
+        return encoding
+
+    def _allocate(self, layouts: Sequence[adamw8.Layout], device: torch.device):
+        allocate = adamw8.allocate if self._memory is None else self._memory.allocate
+        return allocate(layouts, device)
+
+    def _place(self, params: Sequence[torch.Tensor]) -> None:
+        """Moves state that does not lie where it belongs."""
+        holds = adamw8.holds if self._memory is None else self._memory.holds
+        astray = [p for p in params if self.state.get(p) and not holds(self.state[p], p.device)]
+        for device, rows in _by_device(astray).items():
+            states = [self.state[astray[row]] for row in rows]
+            for state, moved in zip(states, self._copies(states, device), strict=True):
+                state.update(moved)
+
+    def _copies(self, states: Sequence[Mapping[str, Any]], device: torch.device):
+        """These states' tensors where this optimizer keeps those of parameters on `device`."""
+        tensors = [
+            {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+            for state in states
+        ]
+        layouts = [{name: (t.dtype, t.shape) for name, t in each.items()} for each in tensors]
+        copies = self._allocate(layouts, device)
+        for copy, source in zip(copies, tensors, strict=True):
+            for name, value in copy.items():
+                value.copy_(source[name])
+        return copies
+
+    def _name_of(self, param: torch.Tensor) -> str:
+        for i, group in enumerate(self.param_groups):
+            for j, member in enumerate(group["params"]):
+                if member is param:
+                    return _describe(group, i, j)
+        return "a parameter that left the optimizer"
+
+    def _nonfinite_message(self, param, grad, index: int) -> str:
+        where = _coordinates(index, grad.shape)
+        return (
+            f"{self._name_of(param)}: gradient is {grad[tuple(where)].item()} at {where} "
+            f"(flat index {index}); nothing was changed"
+        )
+
+    def _read_verdicts(self) -> None:
+        """Raises or counts what the last step on CUDA found, waiting for that step only."""
+        unread, self._unread = self._unread, [t for t in self._unread if t.verdict.captured]
+        for table in unread:
+            row, index = table.verdict.wait()
+            if row < 0:
+                continue
+            if self.on_nonfinite == "skip":
+                self.skipped_steps += 1
+                continue
+            param = table.params[row]
+            raise NonFiniteGradient(
+                f"{self._name_of(param)}: gradient of the last step was not finite at "
+                f"{_coordinates(index, param.shape)} (flat index {index}); the step was skipped on "
+                "the device, nothing was changed"
+            )
+
+    def _finish(self) -> None:
+        """What was enqueued is done and known; paged state can be read."""
+        self._read_verdicts()
+        if self._memory is not None:
+            for table, _ in self._parts:
+                if table.verdict is not None:
+                    torch.cuda.synchronize(table.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: the tensors are the optimizer's own, and its next step changes them.
+
+        Waits for the last step on CUDA, and raises or counts what it found; where the state is
+        paged, for the device. Paged tensors can be saved and loaded like any: they keep their arena
+        alive, and load into optimizers that are not paged too.
+        """
+        self._finish()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit for bit: codes stay uint8 and scales fp32 whatever
-        the parameters' dtype. One that does not fit raises before anything changes."""
+        the parameters' dtype, straight into paged memory where this optimizer is paged. One that
+        does not fit raises before anything changes."""
         # A pre-hook of our own, after the user's, shields the state from torch's casts.
-        handle = self.register_load_state_dict_pre_hook(AdamW8bit._checked_state_dict)
+        handle = self.register_load_state_dict_pre_hook(_AdamW._checked_state_dict)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -203,15 +332,104 @@ class AdamW8bit(Optimizer):
             raise ValueError(
                 f"load_state_dict: expected groups of {expected} parameters, got {got}"
             )
-        loaded = dict(state_dict["state"])
+        kept = state_dict["state"]
+        keys, params, states = [], [], []
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            _check_saved_group(saved, group, i)
+            self._check_saved_group(saved, group, i)
             for j, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                if key in loaded:
+                if key in kept:
                     layout = adamw8.state_layout(param.shape, _encoding(param, saved))
-                    name = _describe(group, i, j)
-                    loaded[key] = _Kept(_copied_state(loaded[key], layout, name))
+                    states.append(_checked_state(kept[key], layout, _describe(group, i, j)))
+                    keys.append(key)
+                    params.append(param)
+        loaded = dict(kept)
+        for device, rows in _by_device(params).items():
+            copies = self._copies(_pick(states, rows), device)
+            loaded.update(zip(_pick(keys, rows), map(_Kept, copies), strict=True))
         return {**state_dict, "state": loaded}
+
+    def _check_saved_group(self, saved: dict[str, Any], group: dict[str, Any], index: int) -> None:
+        for name in ("lr", "betas", "eps", "weight_decay", "maximize", "state", "min_8bit_size"):
+            if name not in saved:
+                raise ValueError(
+                    f"load_state_dict: group {index} has no {name!r}: "
+                    f"not a state dict of {type(self).__name__}"
+                )
+        for name in ("state", "block_size"):
+            if saved.get(name) != group[name]:
+                raise ValueError(
+                    f"load_state_dict: group {index}: {name}: expected {group[name]!r}, "
+                    f"got {saved.get(name)!r}"
+                )
+        _check_options(saved, self._encodings)
+
+
+class AdamW8bit(_AdamW):
+    """AdamW whose moments are kept in blocks of 8-bit codes.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer: float32,
+            bfloat16 or float16, on the CPU and on CUDA devices; gradients in the same dtype or in
+            float32, of any strides.
+        lr, betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        state: "ratio" (the default) keeps m / sqrt(v) and sqrt(v), which follows fp32 AdamW most
+            closely; "moments" keeps m and v.
+        min_8bit_size: tensors with fewer elements keep fp32 moments.
+        on_nonfinite: what a gradient with an infinity or a NaN does, before anything has changed:
+            "raise" a NonFiniteGradient naming the parameter and the element, or "skip" the whole
+            step and count it in `skipped_steps`. On CUDA the next `step` or `state_dict` does so.
+        paged: keep the state in pageable memory (see `halfbyte.paging`): a shortage of memory moves
+            it away instead of ending the run. The results are the same, bit for bit.
+        page_bytes: bytes of state that travel together; a larger tensor travels alone.
+        look_ahead: pages fetched ahead of the one that is updated.
+        evict: send each page away after its update, rather than leave that to a shortage.
+        page_dir: folder of the file that holds the paged state of parameters on the CPU; None: the
+            system's for temporary files. It is no help in a file system that lies in memory.
+
+    Each group may set its own lr, betas, eps, weight_decay, maximize, state and min_8bit_size.
+    Raises OSError when paged state does not fit its disk, `halfbyte._C.Error` when CUDA is out of
+    memory: both when state is made, at the first step or on loading.
+    """
+
+    _encodings = ("ratio", "moments")
+
+
+class AdamW32bit(_AdamW):
+    """AdamW whose moments are kept in fp32; arguments as for `AdamW8bit`, of which `state` and
+    `min_8bit_size` have nothing to choose."""
+
+    _encodings = ("float32",)
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """`AdamW8bit` that is paged unless told otherwise."""
+
+    _paged = True
+
+
+class PagedAdamW32bit(AdamW32bit):
+    """`AdamW32bit` that is paged unless told otherwise."""
+
+    _paged = True
+
+
+# Rows of a step on one device, None for all, and their table.
+_Part = tuple[adamw8.StepTable, list[int] | None]
+
+
+def _pick(items: list, rows: list[int] | None) -> list:
+    return items if rows is None else [items[row] for row in rows]
+
+
+def _by_device(params: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]:
+    rows: dict[torch.device, list[int]] = {}
+    for row, param in enumerate(params):
+        rows.setdefault(param.device, []).append(row)
+    return rows
+
+
+def _coordinates(index: int, shape: torch.Size) -> list[int]:
+    return [int(i) for i in torch.unravel_index(torch.tensor(index), shape)]
 
 
 def _encoding(param: torch.Tensor, options: dict[str, Any]) -> str:
@@ -236,7 +454,7 @@ def _describe(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {index} of group {group_index}{name}"
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any], encodings: tuple[str, ...]) -> None:
     lr, beta1, beta2, eps, weight_decay, _ = _scalars(options)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not 0 <= value < float("inf"):
@@ -244,38 +462,22 @@ def _check_options(options: dict[str, Any]) -> None:
     for i, beta in enumerate((beta1, beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}]: expected 0 <= beta < 1, got {beta}")
-    if options["state"] not in adamw8.ENCODINGS:
-        raise ValueError(f"state: expected 'ratio' or 'moments', got {options['state']!r}")
+    if options["state"] not in encodings:
+        expected = " or ".join(map(repr, encodings))
+        raise ValueError(f"state: expected {expected}, got {options['state']!r}")
     if options["min_8bit_size"] < 0:
         raise ValueError(f"min_8bit_size: expected >= 0, got {options['min_8bit_size']}")
     if options["block_size"] != adamw8.BLOCK:
         raise ValueError(f"block_size: expected {adamw8.BLOCK}, got {options['block_size']}")
 
 
-def _check_saved_group(saved: dict[str, Any], group: dict[str, Any], index: int) -> None:
-    for name in ("lr", "betas", "eps", "weight_decay", "maximize", "state", "min_8bit_size"):
-        if name not in saved:
-            raise ValueError(
-                f"load_state_dict: group {index} has no {name!r}: not a state dict of AdamW8bit"
-            )
-    for name in ("state", "block_size"):
-        if saved.get(name) != group[name]:
-            raise ValueError(
-                f"load_state_dict: group {index}: {name}: expected {group[name]!r}, "
-                f"got {saved.get(name)!r}"
-            )
-    _check_options(saved)
-
-
-def _copied_state(saved, layout, name: str) -> dict[str, torch.Tensor]:
+def _checked_state(saved, layout: adamw8.Layout, name: str) -> dict[str, torch.Tensor]:
     if isinstance(saved, dict) and isinstance(saved.get("step"), (int, float)):
         saved = {**saved, "step": torch.tensor(float(saved["step"]))}
     problem = adamw8.state_problem(saved, layout)
     if not problem and saved.keys() != layout.keys():
         problem = f"expected {sorted(layout)}, got {sorted(saved)}"
+    problem = problem or adamw8.step_problem(saved["step"])
     if problem:
         raise ValueError(f"load_state_dict: {name}: {problem}")
-    return {
-        key: saved[key].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key in layout
-    }
+    return saved

@@ -14,20 +14,31 @@ _TABLES = {
 }
 
 
+_CUDA_OPS = ("quantize_4bit", "dequantize_4bit", "lora_linear", "adamw8")
+
+
 def variants() -> dict[str, list[dict]]:
-    """For each operation its variants, best first: `name`, `why_not` ("" when usable), `chosen`."""
+    """For each operation its variants, best first: `name`, `why_not` ("" when usable), `chosen`.
+
+    Where a CUDA device can be used, its tables follow, for a typical call on device 0.
+    """
+    rows = {op: table() for op, table in _TABLES.items()}
+    if _C.cuda_devices():
+        rows |= {f"{op} (cuda)": _C.cuda_variants(op, 0) for op in _CUDA_OPS}
     return {
-        op: [
-            {"name": name, "why_not": why_not, "chosen": chosen}
-            for name, why_not, chosen in table()
-        ]
-        for op, table in _TABLES.items()
+        op: [{"name": name, "why_not": why, "chosen": chosen} for name, why, chosen in table]
+        for op, table in rows.items()
     }
 
 
 def cpu_features() -> dict[str, bool]:
     """Instruction sets that this processor and operating system let us use."""
     return _C.cpu_features()
+
+
+def cuda_devices() -> list[str]:
+    """Name, compute capability and memory of each CUDA device; empty when none can be used."""
+    return _C.cuda_devices()
 
 
 def cuda_status() -> str:

@@ -226,7 +226,8 @@ TEST(Nf4, BadArgumentsSayWhatWasExpected) {
   EXPECT_TRUE(contains(quantize_message([](Q& p) { p.weight = {}; }), "weight: expected float32"));
   EXPECT_TRUE(
       contains(quantize_message([](Q& p) { p.weight.dtype = DType::kInt64; }), "int64[100]"));
-  EXPECT_TRUE(contains(quantize_message([](Q& p) { p.weight.device = Device::kCuda; }), "CPU"));
+  EXPECT_TRUE(contains(quantize_message([](Q& p) { p.weight.place = {Device::kCuda, 1}; }),
+                       "expected a tensor on cuda:1"));
   EXPECT_TRUE(contains(quantize_message([](Q& p) { p.packed.shape = {49}; }),
                        "packed: expected shape [50], got uint8[49]"));
   EXPECT_TRUE(contains(quantize_message([](Q& p) { p.absmax.shape = {3}; }),

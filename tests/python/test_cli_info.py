@@ -25,6 +25,7 @@ def test_json_holds_versions_processor_variants_and_cuda():
         assert facts["versions"][module.__name__] == module.__version__
     assert facts["processor"]["features"] == halfbyte.cpu_features()
     assert facts["cuda"] == halfbyte.cuda_status() != ""
+    assert facts["cuda_devices"] == halfbyte.cuda_devices()
     assert facts["variants"] == halfbyte.variants()
     for op, variants in facts["variants"].items():
         chosen = [variant for variant in variants if variant["chosen"]]

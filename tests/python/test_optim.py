@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.optim import AdamW8bit
+from halfbyte.ops import adamw8
+from halfbyte.optim import AdamW8bit, AdamW32bit
 from optim_cases import DTYPES, assert_same_state, parameters, set_gradients, train
 
 
@@ -346,3 +347,64 @@ def test_trains_a_model_like_torch():
     ours, exact = losses(AdamW8bit), losses(torch.optim.AdamW)
     assert ours[-1] < 0.3 * ours[0]
     assert ours[-1] == pytest.approx(exact[-1], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_32_bit_state_follows_torch(dtype):
+    """Moments are fp32 whatever the parameter's dtype; the same arithmetic as torch on fp32."""
+    ours, exact = parameters(9000, (64, 65), dtype=dtype), parameters(9000, (64, 65), dtype=dtype)
+    optimizer, theirs = AdamW32bit(ours, lr=1e-2), torch.optim.AdamW(exact, lr=1e-2)
+    for t in range(10):
+        set_gradients(ours, t)
+        set_gradients(exact, t)
+        optimizer.step()
+        theirs.step()
+    state = optimizer.state[ours[0]]
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+    if dtype is not torch.float32:
+        return
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    for name in ("exp_avg", "exp_avg_sq"):
+        want = theirs.state[exact[0]][name]
+        # Ten sums of terms of either sign: a few roundings of the largest.
+        largest = 2**-22 * want.abs().max().item()
+        torch.testing.assert_close(state[name], want, rtol=1e-5, atol=largest)
+
+
+def test_32_bit_and_8_bit_states_are_told_apart():
+    params = parameters(9000)
+    wide, narrow = AdamW32bit(params), AdamW8bit(params)
+    train(wide, params, 1)
+    with pytest.raises(ValueError, match="state: expected 'ratio', got 'float32'"):
+        narrow.load_state_dict(wide.state_dict())
+    with pytest.raises(ValueError, match="state: expected 'float32', got 'ratio'"):
+        AdamW32bit(params, state="ratio")
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "step"])
+def test_a_replaced_state_tensor_is_followed(name):
+    params = parameters(9000, 5000)
+    optimizer = AdamW8bit(params)
+    train(optimizer, params, 1)
+    twin = copy.deepcopy(optimizer)
+    state = optimizer.state[params[1]]
+    old = state[name]
+    state[name] = old.clone()
+    train(optimizer, params, 2, first=1)
+    train(twin, twin.param_groups[0]["params"], 2, first=1)
+    assert_same_state(optimizer.state_dict()["state"], twin.state_dict()["state"])
+    assert state[name] is not old and not torch.equal(state[name], old)
+
+
+def test_first_nonfinite_of_any_gradients():
+    grads = [torch.ones(3), torch.zeros(0), torch.ones(4, 5).bfloat16().t(), torch.ones(2).half()]
+    assert adamw8.first_nonfinite(grads) == adamw8.FINITE == (-1, -1)
+    assert adamw8.first_nonfinite([torch.zeros(0)]) == adamw8.FINITE
+    grads[2][1, 2] = float("nan")
+    grads[2][3, 0] = float("inf")
+    grads[3][0] = -float("inf")
+    assert adamw8.first_nonfinite(grads) == (2, 6)
+    largest = torch.finfo(torch.float32).max
+    assert adamw8.first_nonfinite([torch.tensor([largest, -largest])]) == adamw8.FINITE

@@ -183,6 +183,28 @@ def test_bindings_are_the_only_code_that_knows_python():
             assert ours or name.startswith("pybind11/"), f"{relative(path)} includes {name}"
 
 
+def test_the_core_meets_cuda_where_the_file_name_says_so():
+    """<op>_cuda.cpp hands calls to the CUDA library; paged state exists on CUDA only."""
+    support = {CPP / "src/support/cuda_library.h", CPP / "src/support/cuda_library.cpp"}
+    for path in sources(CPP):
+        if any("cuda_library.h" in name or "halfbyte/cuda/" in name for name in includes(path)):
+            named = path.stem.endswith("_cuda") or path.parent.name == "paged"
+            assert named or path in support, relative(path)
+
+
+def test_device_headers_know_only_each_other_and_formats():
+    """cuda/device: one instruction or one idea each; what crosses the border is api.h."""
+    for path in sources(ROOT / "cuda/device"):
+        for name in includes(path):
+            allowed = (
+                name.startswith(("device/", "cuda_"))
+                or name in C_HEADERS | {"stdarg.h", "stdio.h"}
+                or FORMAT_HEADER.fullmatch(name)
+                or name == "halfbyte/cuda/api.h"
+            )
+            assert allowed, f"{relative(path)} includes {name}"
+
+
 def test_openmp_lives_in_one_file():
     for path in sources(CPP, ROOT / "cuda"):
         uses = re.search(
@@ -320,7 +342,8 @@ BESIDE = {
     "variants": {"_C", "_native"},
     "nf4_weight": {"_C", "_native", "ops"},
     "checkpoint": {"_C", "_native", "ops", "nf4_weight"},
-    "optim": {"_C", "_native", "ops"},
+    "paging": {"_C", "_native"},
+    "optim": {"_C", "_native", "ops", "paging"},
     "__init__": {
         "_C",
         "_native",

@@ -15,7 +15,8 @@
 // THE CONTRACT. Every backend produces these bits. All arithmetic is fp32, each operation rounded
 // to nearest even on its own (no fused multiply-add), subnormals kept. Scalars are computed in fp64
 // and rounded once: b1, b2, c1 = 1 - b1 (its negative when maximizing), c2 = 1 - b2, eps, decay = 1
-// - lr * weight_decay, size = lr / (1 - b1^t), root = 1 / sqrt(1 - b2^t); t counts from 1.
+// - lr * weight_decay, size = lr / (1 - b1^t), root = 1 / sqrt(1 - b2^t); t counts from 1, and b^t
+// is a product of repeated squares, which has the same bits everywhere (`adamw8_scalars`).
 //
 //   m = b1 * m + c1 * g
 //   v = b2 * v + (c2 * g) * g
@@ -43,6 +44,7 @@
 // A zero gradient on zero state leaves the parameter as it is (times decay).
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #include "halfbyte/dtype.h"
@@ -62,6 +64,33 @@ constexpr float kLargestRoot = 1.84467429741979238e+19f;  // the largest fp32 wi
 struct AdamW8Scalars {
   float b1, c1, b2, c2, eps, decay, size, root;
 };
+
+// base^exponent for a whole exponent >= 0.
+HALFBYTE_HOST_DEVICE static inline double adamw8_power(double base, int64_t exponent) {
+  double power = 1;
+  for (; exponent > 0; exponent >>= 1) {
+    if (exponent & 1) power *= base;
+    base *= base;
+  }
+  return power;
+}
+
+// The scalars of step t >= 1. Compile without contraction of fp64 multiply-adds.
+HALFBYTE_HOST_DEVICE static inline AdamW8Scalars adamw8_scalars(double lr, double beta1,
+                                                                double beta2, double eps,
+                                                                double weight_decay, bool maximize,
+                                                                int64_t t) {
+  AdamW8Scalars k;
+  k.b1 = static_cast<float>(beta1);
+  k.c1 = static_cast<float>(maximize ? beta1 - 1 : 1 - beta1);
+  k.b2 = static_cast<float>(beta2);
+  k.c2 = static_cast<float>(1 - beta2);
+  k.eps = static_cast<float>(eps);
+  k.decay = static_cast<float>(1 - lr * weight_decay);
+  k.size = static_cast<float>(lr / (1 - adamw8_power(beta1, t)));
+  k.root = static_cast<float>(1 / sqrt(1 - adamw8_power(beta2, t)));
+  return k;
+}
 
 // One parameter tensor, contiguous. n = count, blocks = ceil(n / 256).
 struct AdamW8Tensor {

@@ -12,6 +12,8 @@
 
 #include <stdint.h>
 
+#include "halfbyte/dtype.h"
+
 namespace halfbyte {
 
 struct DropoutMask {
@@ -29,15 +31,18 @@ static inline DropoutMask make_dropout_mask(double p, uint64_t seed) {
   return {seed, static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
 }
 
-static inline uint64_t dropout_row_key(const DropoutMask& mask, int64_t row) {
-  uint64_t z = mask.seed + (static_cast<uint64_t>(row) + 1) * 0x9E3779B97F4A7C15ull;
+HALFBYTE_HOST_DEVICE static inline uint64_t dropout_row_key(uint64_t seed, int64_t row) {
+  uint64_t z = seed + (static_cast<uint64_t>(row) + 1) * 0x9E3779B97F4A7C15ull;
   z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ z >> 27) * 0x94D049BB133111EBull;
   return z ^ z >> 31;
 }
+static inline uint64_t dropout_row_key(const DropoutMask& mask, int64_t row) {
+  return dropout_row_key(mask.seed, row);
+}
 
-// 1 / (1 - p) where kept, 0 where dropped.
-static inline float dropout_factor(const DropoutMask& mask, uint64_t row_key, int64_t column) {
+// What is compared with the threshold.
+HALFBYTE_HOST_DEVICE static inline uint32_t dropout_hash(uint64_t row_key, int64_t column) {
   uint32_t h = static_cast<uint32_t>(column) ^ static_cast<uint32_t>(row_key);
   h ^= h >> 16;
   h *= kDropoutMix1;
@@ -45,7 +50,12 @@ static inline float dropout_factor(const DropoutMask& mask, uint64_t row_key, in
   h ^= h >> 15;
   h *= kDropoutMix2;
   h ^= h >> 15;
-  return h >= mask.threshold ? mask.scale : 0.0f;
+  return h;
+}
+
+// 1 / (1 - p) where kept, 0 where dropped.
+static inline float dropout_factor(const DropoutMask& mask, uint64_t row_key, int64_t column) {
+  return dropout_hash(row_key, column) >= mask.threshold ? mask.scale : 0.0f;
 }
 
 }  // namespace halfbyte

@@ -33,10 +33,14 @@ struct LoraLinearParams {
   double dropout = 0;  // 0 <= p <= 1
   TensorView seed;     // int64 [1], given when dropout > 0
   TensorView y;        // out: [M, N], x's dtype
-  TensorView t;        // out: [M, R] float32; may be not given
+  TensorView t;        // out: [M, R] float32; may be not given on the CPU
   int threads = 1;
+  void* stream = nullptr;  // CUDA: the stream to run on
+  TensorView workspace;    // CUDA: uint8 [lora_linear_forward_workspace(params)]
 };
 void lora_linear_forward(const LoraLinearParams& params);
+// Bytes of scratch memory that the call needs on the device: 0 on the CPU, which has its own.
+int64_t lora_linear_forward_workspace(const LoraLinearParams& params);
 
 // Gradients that are not given are not computed. `x` is read only for d_lora_a, `t` only for
 // d_lora_b.
@@ -56,8 +60,11 @@ struct LoraLinearBackwardParams {
   TensorView d_lora_b;  // out: [N, R] any float
   TensorView d_bias;    // out: [N] any float
   int threads = 1;
+  void* stream = nullptr;
+  TensorView workspace;  // CUDA: uint8 [lora_linear_backward_workspace(params)]
 };
 void lora_linear_backward(const LoraLinearBackwardParams& params);
+int64_t lora_linear_backward_workspace(const LoraLinearBackwardParams& params);
 
 // What `dtype` activations would run on (at 512 x 4096 x 4096).
 std::vector<VariantStatus> lora_linear_variants(DType dtype);

@@ -29,6 +29,7 @@ struct QuantizeParams {
   TensorView packed;        // uint8 [ceil(count / 2)]
   TensorView absmax;        // float32 [ceil(count / block_size)]
   int threads = 1;
+  void* stream = nullptr;  // CUDA: the stream to run on
 };
 void quantize_4bit(const QuantizeParams& params);
 
@@ -40,6 +41,7 @@ struct DoubleQuantizeParams {
   TensorView codes;          // uint8 [blocks]
   TensorView nested_absmax;  // float32 [ceil(blocks / 256)]
   int threads = 1;
+  void* stream = nullptr;
 };
 void double_quantize(const DoubleQuantizeParams& params);
 
@@ -56,14 +58,18 @@ struct QuantizedView {
   TensorView nested_map;  // float32 [256]; not given: the signed dynamic map
   int64_t block_size = 64;
 };
-// Checks every part against `count` elements; returns the kernels' plain view.
-Nf4Bits checked_bits(const QuantizedView& weight, int64_t count);
+// Checks every part against `count` elements, and that all lie at `place`, where the tensor called
+// `first` is; returns the kernels' plain view. On CUDA, tables that are not given stay null: the
+// CUDA library has its own.
+Nf4Bits checked_bits(const QuantizedView& weight, int64_t count, const char* first = "the call",
+                     const Place& place = {});
 
 struct DequantizeParams {
   QuantizedView weight;
-  TensorView
-      out;  // float32, bfloat16 or float16, `count` elements: fp32 product, rounded to nearest
+  // float32, bfloat16 or float16, `count` elements: fp32 product, rounded to nearest
+  TensorView out;
   int threads = 1;
+  void* stream = nullptr;
 };
 void dequantize_4bit(const DequantizeParams& params);
 

@@ -16,6 +16,13 @@ namespace halfbyte {
 
 enum class Device { kCpu, kCuda };
 
+// Where a tensor lies: the CPU, or CUDA device `index`.
+struct Place {
+  Device device = Device::kCpu;
+  int index = 0;
+  bool is_cuda() const { return device == Device::kCuda; }
+};
+
 const char* dtype_name(DType dtype);
 int64_t dtype_size(DType dtype);
 
@@ -23,16 +30,15 @@ struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   std::vector<int64_t> shape;
-  Device device = Device::kCpu;
+  Place place;
   bool given = false;
 
   TensorView() = default;
-  TensorView(const void* address, DType element, std::vector<int64_t> dims,
-             Device where = Device::kCpu)
+  TensorView(const void* address, DType element, std::vector<int64_t> dims, Place where = {})
       : data(const_cast<void*>(address)),
         dtype(element),
         shape(std::move(dims)),
-        device(where),
+        place(where),
         given(true) {}
 
   int64_t numel() const {
@@ -48,10 +54,12 @@ struct TensorView {
 
 std::string describe(const TensorView& view);  // "float32[3, 5]"
 
-// Throws unless `view` is given, lies on the CPU and has one of `dtypes`.
+// Throws unless `view` is given and has one of `dtypes`.
 void check_dtype(const char* name, const TensorView& view, std::initializer_list<DType> dtypes);
 // The same, and exactly the shape `shape`.
 void check_tensor(const char* name, const TensorView& view, std::initializer_list<DType> dtypes,
                   const std::vector<int64_t>& shape);
+// Throws when `view` is given and lies elsewhere than `place`, where the tensor called `first` is.
+void check_place(const char* name, const TensorView& view, const char* first, const Place& place);
 
 }  // namespace halfbyte

@@ -10,6 +10,7 @@
 #include <cfenv>
 #include <cmath>
 
+#include "adamw8_cuda.h"
 #include "adamw8_impl.h"
 #include "support/cpu_features.h"
 #include "support/parallel.h"
@@ -44,7 +45,7 @@ bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
 }
 
-void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups) {
+void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups, const Place& place) {
   HALFBYTE_CHECK(t.count >= 0, "tensor ", i, ": count: expected >= 0, got ", t.count);
   HALFBYTE_CHECK(t.group >= 0 && t.group < static_cast<int64_t>(groups), "tensor ", i,
                  ": group: expected 0 .. ", groups - 1, ", got ", t.group);
@@ -53,8 +54,8 @@ void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups) {
   HALFBYTE_CHECK(t.grad_dtype == t.param_dtype || t.grad_dtype == DType::kFloat32, "tensor ", i,
                  ": grad: expected ", dtype_name(t.param_dtype), " or float32, got ",
                  dtype_name(t.grad_dtype));
-  HALFBYTE_CHECK(t.step != nullptr && *t.step >= 0 && std::isfinite(*t.step), "tensor ", i,
-                 ": step: expected a finite count >= 0");
+  HALFBYTE_CHECK(t.step != nullptr && (place.is_cuda() || (*t.step >= 0 && std::isfinite(*t.step))),
+                 "tensor ", i, ": step: expected a finite count >= 0");
   if (t.count == 0) return;
   HALFBYTE_CHECK(t.param && t.grad && t.exp_avg && t.exp_avg_sq, "tensor ", i,
                  ": param, grad, exp_avg and exp_avg_sq must all be given");
@@ -65,17 +66,9 @@ void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups) {
       coded ? "both, for 8-bit state" : "none, for float32 state");
 }
 
-AdamW8Scalars make_scalars(const AdamW8Group& group, double t) {
-  AdamW8Scalars k;
-  k.b1 = static_cast<float>(group.beta1);
-  k.c1 = static_cast<float>(group.maximize ? group.beta1 - 1 : 1 - group.beta1);
-  k.b2 = static_cast<float>(group.beta2);
-  k.c2 = static_cast<float>(1 - group.beta2);
-  k.eps = static_cast<float>(group.eps);
-  k.decay = static_cast<float>(1 - group.lr * group.weight_decay);
-  k.size = static_cast<float>(group.lr / (1 - std::pow(group.beta1, t)));
-  k.root = static_cast<float>(1 / std::sqrt(1 - std::pow(group.beta2, t)));
-  return k;
+AdamW8Scalars scalars_of(const AdamW8Group& group, float steps_done) {
+  return adamw8_scalars(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
+                        group.maximize, static_cast<int64_t>(steps_done) + 1);
 }
 
 AdamW8Run prepare(const AdamW8Params& params, AdamW8Result* result) {
@@ -83,18 +76,16 @@ AdamW8Run prepare(const AdamW8Params& params, AdamW8Result* result) {
   run.params = &params;
   run.result = result;
   const size_t count = params.tensors.size();
-  for (size_t i = 0; i < params.groups.size(); ++i) check_group(params.groups[i], i);
   run.scalars.reserve(count);
   run.first_block.assign(1, 0);
   run.first_block.reserve(count + 1);
   for (size_t i = 0; i < count; ++i) {
     const AdamW8Tensor& t = params.tensors[i];
-    check_adamw8_tensor(t, i, params.groups.size());
     const AdamW8Tensor* previous = i ? &params.tensors[i - 1] : nullptr;
     if (previous && previous->group == t.group && *previous->step == *t.step) {
       run.scalars.push_back(run.scalars.back());
     } else {
-      run.scalars.push_back(make_scalars(params.groups[t.group], *t.step + 1.0));
+      run.scalars.push_back(scalars_of(params.groups[t.group], *t.step));
     }
     run.first_block.push_back(run.first_block.back() + (t.count + kAdamW8Block - 1) / kAdamW8Block);
   }
@@ -195,8 +186,19 @@ const Variant<AdamW8Run> kAdamW8Table[] = {
 
 }  // namespace
 
+void check_adamw8(const AdamW8Params& params) {
+  for (size_t i = 0; i < params.groups.size(); ++i) check_group(params.groups[i], i);
+  for (size_t i = 0; i < params.tensors.size(); ++i)
+    check_adamw8_tensor(params.tensors[i], i, params.groups.size(), params.place);
+}
+
 AdamW8Result adamw8_step(const AdamW8Params& params) {
   AdamW8Result result;
+  check_adamw8(params);
+  if (params.place.is_cuda()) {
+    adamw8_step_cuda(params);
+    return result;
+  }
   const AdamW8Run run = prepare(params, &result);
   select_variant("adamw8", kAdamW8Table, run).run(run);
   return result;

@@ -11,54 +11,21 @@
 namespace halfbyte {
 namespace {
 #include "simd/avx512.inc"
+#include "simd/avx512vbmi.inc"
 
 #include "adamw8/adamw8_avx512.inc"
 
 constexpr int kGroup = 64;  // elements decoded at a time
 
-// Four planes of bytes, from the lowest, to 64 fp32 values; `codes_in_order` chose the order that
-// comes out as memory order.
-inline void join_bytes(const Bits plane[4], Vec out[4]) {
-  const Bits low0 = _mm512_unpacklo_epi8(plane[0], plane[1]);
-  const Bits low1 = _mm512_unpackhi_epi8(plane[0], plane[1]);
-  const Bits high0 = _mm512_unpacklo_epi8(plane[2], plane[3]);
-  const Bits high1 = _mm512_unpackhi_epi8(plane[2], plane[3]);
-  out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, high0));
-  out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, high0));
-  out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low1, high1));
-  out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
-}
-
-inline Bits codes_in_order(const uint8_t* codes) {
-  const Bits order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
-}
-
-inline Bits look_up_128(const Bits* table, Bits index) {
-  return _mm512_permutex2var_epi8(table[0], index, table[1]);  // reads seven bits
-}
-
-struct UnsignedDecoder {
-  Bits planes[4][4];
-};
+using UnsignedDecoder = MapPlanes;
 
 inline UnsignedDecoder make_unsigned_decoder(const DynamicMapTables& map) {
-  UnsignedDecoder decoder;
-  for (int plane = 0; plane < 4; ++plane)
-    for (int i = 0; i < 4; ++i)
-      decoder.planes[plane][i] = _mm512_load_si512(map.bytes[plane] + 64 * i);
-  return decoder;
+  return make_map_planes(map.values);
 }
 
 // out = U[codes[0 .. 63]].
 inline void decode(const UnsignedDecoder& map, const uint8_t* codes, Vec out[4]) {
-  const Bits code = codes_in_order(codes);
-  const __mmask64 upper = _mm512_movepi8_mask(code);
-  Bits planes[4];
-  for (int i = 0; i < 4; ++i)
-    planes[i] = _mm512_mask_blend_epi8(upper, look_up_128(map.planes[i], code),
-                                       look_up_128(map.planes[i] + 2, code));
-  join_bytes(planes, out);
+  look_up_map(map, codes, out);
 }
 
 struct SignedDecoder {

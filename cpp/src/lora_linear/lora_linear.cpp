@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "lora_linear_cuda.h"
 #include "lora_linear_impl.h"
 #include "support/cpu_features.h"
 #include "support/parallel.h"
@@ -108,47 +109,46 @@ DropoutMask checked_dropout(double p, const TensorView& seed) {
   HALFBYTE_CHECK(p >= 0 && p <= 1, "dropout: expected 0 <= p <= 1, got ", p);
   if (p == 0) return {0, 0, 1};
   check_tensor("seed", seed, {DType::kInt64}, {1});
-  return make_dropout_mask(p, static_cast<uint64_t>(*seed.as<int64_t>()));
+  // A seed on a device is read there.
+  const int64_t value = seed.place.is_cuda() ? 0 : *seed.as<int64_t>();
+  return make_dropout_mask(p, static_cast<uint64_t>(value));
 }
 
 void check_out(const char* name, const TensorView& view, const std::vector<int64_t>& shape) {
   if (view.given) check_tensor(name, view, kFloats, shape);
 }
 
-}  // namespace
-
-void lora_linear_forward(const LoraLinearParams& params) {
+ForwardArgs checked_forward(const LoraLinearParams& params) {
   check_two_dimensional("x", params.x);
   const int64_t M = params.x.shape[0], K = params.x.shape[1], N = params.out_features;
   HALFBYTE_CHECK(N >= 1, "out_features: expected at least 1, got ", N);
   const int64_t R = check_lora(params.lora_a, params.lora_b, K, N);
   check_tensor("y", params.y, {params.x.dtype}, {M, N});
   if (params.bias.given) check_tensor("bias", params.bias, kFloats, {N});
+  if (params.t.given) check_tensor("t", params.t, {DType::kFloat32}, {M, R});
+  const Place& place = params.x.place;
+  check_place("bias", params.bias, "x", place);
+  check_place("lora_a", params.lora_a, "x", place);
+  check_place("lora_b", params.lora_b, "x", place);
+  check_place("seed", params.seed, "x", place);
+  check_place("y", params.y, "x", place);
+  check_place("t", params.t, "x", place);
 
   ForwardArgs args{};
   args.x = matrix_of(params.x);
-  args.weight = checked_bits(params.weight, N * K);
+  args.weight = checked_bits(params.weight, N * K, "x", place);
   args.bias = matrix_of(params.bias);
   args.lora_a = matrix_of(params.lora_a);
   args.lora_b = matrix_of(params.lora_b);
   args.scaling = static_cast<float>(params.scaling);
   args.dropout = checked_dropout(R ? params.dropout : 0, params.seed);
   args.y = matrix_of(params.y);
+  args.t = matrix_of(params.t);
   args.threads = params.threads;
-
-  std::unique_ptr<AlignedBuffer> own_t;
-  if (R && !params.t.given) {
-    own_t = std::make_unique<AlignedBuffer>(static_cast<size_t>(M * R) * sizeof(float));
-    args.t = {own_t->as<void>(), DType::kFloat32, M, R, R};
-  } else if (R) {
-    check_tensor("t", params.t, {DType::kFloat32}, {M, R});
-    args.t = matrix_of(params.t);
-  }
-  const Variant<ForwardArgs>& variant = select_variant("lora_linear", kForwardTable, args);
-  if (M > 0) variant.run(args);
+  return args;
 }
 
-void lora_linear_backward(const LoraLinearBackwardParams& params) {
+BackwardArgs checked_backward(const LoraLinearBackwardParams& params) {
   check_two_dimensional("dy", params.dy);
   const int64_t M = params.dy.shape[0], N = params.dy.shape[1], K = params.in_features;
   HALFBYTE_CHECK(K >= 1, "in_features: expected at least 1, got ", K);
@@ -159,11 +159,21 @@ void lora_linear_backward(const LoraLinearBackwardParams& params) {
   check_out("d_bias", params.d_bias, {N});
   if (params.d_lora_a.given) check_tensor("x", params.x, {params.dy.dtype}, {M, K});
   if (params.d_lora_b.given) check_tensor("t", params.t, {DType::kFloat32}, {M, R});
+  const Place& place = params.dy.place;
+  check_place("x", params.x, "dy", place);
+  check_place("lora_a", params.lora_a, "dy", place);
+  check_place("lora_b", params.lora_b, "dy", place);
+  check_place("t", params.t, "dy", place);
+  check_place("seed", params.seed, "dy", place);
+  check_place("dx", params.dx, "dy", place);
+  check_place("d_lora_a", params.d_lora_a, "dy", place);
+  check_place("d_lora_b", params.d_lora_b, "dy", place);
+  check_place("d_bias", params.d_bias, "dy", place);
 
   BackwardArgs args{};
   args.dy = matrix_of(params.dy);
   args.x = matrix_of(params.x);
-  args.weight = checked_bits(params.weight, N * K);
+  args.weight = checked_bits(params.weight, N * K, "dy", place);
   args.lora_a = matrix_of(params.lora_a);
   args.lora_b = matrix_of(params.lora_b);
   args.t = matrix_of(params.t);
@@ -175,7 +185,39 @@ void lora_linear_backward(const LoraLinearBackwardParams& params) {
   args.d_lora_b = matrix_of(params.d_lora_b);
   args.d_bias = matrix_of(params.d_bias);
   args.threads = params.threads;
+  return args;
+}
+
+}  // namespace
+
+void lora_linear_forward(const LoraLinearParams& params) {
+  ForwardArgs args = checked_forward(params);
+  if (params.x.place.is_cuda()) return lora_linear_forward_cuda(params, args);
+
+  std::unique_ptr<AlignedBuffer> own_t;
+  const int64_t M = args.x.rows, R = args.lora_a.rows;
+  if (R && !params.t.given) {
+    own_t = std::make_unique<AlignedBuffer>(static_cast<size_t>(M * R) * sizeof(float));
+    args.t = {own_t->as<void>(), DType::kFloat32, M, R, R};
+  }
+  const Variant<ForwardArgs>& variant = select_variant("lora_linear", kForwardTable, args);
+  if (M > 0) variant.run(args);
+}
+
+void lora_linear_backward(const LoraLinearBackwardParams& params) {
+  const BackwardArgs args = checked_backward(params);
+  if (params.dy.place.is_cuda()) return lora_linear_backward_cuda(params, args);
   select_variant("lora_linear", kBackwardTable, args).run(args);
+}
+
+int64_t lora_linear_forward_workspace(const LoraLinearParams& params) {
+  const ForwardArgs args = checked_forward(params);
+  return params.x.place.is_cuda() ? lora_linear_forward_workspace_cuda(params, args) : 0;
+}
+
+int64_t lora_linear_backward_workspace(const LoraLinearBackwardParams& params) {
+  const BackwardArgs args = checked_backward(params);
+  return params.dy.place.is_cuda() ? lora_linear_backward_workspace_cuda(params, args) : 0;
 }
 
 std::vector<VariantStatus> lora_linear_variants(DType dtype) {

@@ -15,8 +15,9 @@ constexpr int kTileRows = 6, kTileVecs = 4;
 #include "lora_linear/lora_linear_panels.inc"
 #include "lora_linear/lora_linear_few_rows.inc"
 
-constexpr PanelKernels kKernels = {kCompute,    pack_rows,           pack_columns, multiply,
-                                   convert_row, permute_activations, few_rows,     dot_rows};
+constexpr PanelKernels kKernels = {kCompute, pack_rows,    pack_columns,
+                                   multiply, convert_row,  permute_activations,
+                                   few_rows, add_low_rank, dot_rows};
 }  // namespace
 
 const PanelKernels& panel_kernels_avx512() {

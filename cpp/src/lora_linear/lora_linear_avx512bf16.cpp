@@ -8,6 +8,7 @@
 namespace halfbyte {
 namespace {
 #include "simd/avx512.inc"
+#include "simd/avx512vbmi.inc"
 #include "nf4/nf4_decode.inc"
 
 constexpr bool kPairs = true;
@@ -43,6 +44,15 @@ inline int64_t element_of(int step, int lane, int half) {
   return (2 * lane + half) * 4 + step;
 }
 
+constexpr int kScaleCodes = 64;
+using ScaleMap = MapPlanes;
+inline ScaleMap make_scale_map(const float* values) {
+  return make_map_planes(values);
+}
+inline void look_up_scales(const ScaleMap& map, const uint8_t* codes, Vec out[4]) {
+  look_up_map(map, codes, out);
+}
+
 #include "lora_linear/lora_linear_panels.inc"
 #include "lora_linear/lora_linear_few_rows.inc"
 
@@ -68,17 +78,21 @@ inline Bits decode_words(const uint8_t* bytes, Bits table) {
   return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, wide), table);
 }
 
-// Lanes are rows: 16 rows of 32 elements are decoded into registers and transposed there.
-inline __attribute__((always_inline)) void pack_square(const uint8_t* packed, int64_t row_bytes,
-                                                       Vec levels, const float* scales,
-                                                       int64_t scales_stride, uint32_t* target) {
-  Bits block[kLanes];
+// Lanes are rows: 16 rows of a segment, each decoded by its table into two registers, the second
+// half set aside while the first is transposed.
+inline __attribute__((always_inline)) void pack_segments(const uint8_t* packed, int64_t row_bytes,
+                                                         Vec levels, const float* scales,
+                                                         int64_t scales_stride, uint32_t* target) {
+  Bits half[kLanes];
+  alignas(64) uint32_t second_half[kLanes * kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     const Bits table = _mm512_broadcast_i64x4(scaled_words(levels, scales + i * scales_stride));
-    block[i] = decode_words(packed + i * row_bytes, table);
+    half[i] = decode_words(packed + i * row_bytes, table);
+    _mm512_store_si512(second_half + i * kLanes, decode_words(packed + i * row_bytes + 16, table));
   }
-  store_transposed(block, target, kGroupLanes);
+  store_transposed(half, target, kGroupLanes);
+  transpose(second_half, kLanes, target + kLanes * kGroupLanes, kGroupLanes);
 }
 
 void pack_weight_rows(const PanelSource& source, int64_t row, int lanes, int64_t column,
@@ -90,13 +104,13 @@ void pack_weight_rows(const PanelSource& source, int64_t row, int lanes, int64_t
   const int64_t K = source.matrix.cols, units = count / 2;
   constexpr int64_t kStride = kMaxPanelUnits * 2 / 64;
   alignas(64) float scales[kLanes * kStride];
+  const ScaleDecoder decoder(bits);
   for (int lane = 0; lane < lanes; lane += kLanes) {
     const int64_t first = (row + lane) * K + column;
-    for (int i = 0; i < kLanes; ++i)
-      segment_scales(bits, first + i * K, count, scales + i * kStride);
-    for (int64_t k = 0; k < count; k += 32)
-      pack_square(bits.packed + (first + k) / 2, K / 2, levels, scales + k / 64, kStride,
-                  unit_at(panel, units, k / 2, lane));
+    for (int i = 0; i < kLanes; ++i) decoder.decode(first + i * K, count, scales + i * kStride);
+    for (int64_t k = 0; k < count; k += 64)
+      pack_segments(bits.packed + (first + k) / 2, K / 2, levels, scales + k / 64, kStride,
+                    unit_at(panel, units, k / 2, lane));
   }
 }
 
@@ -143,7 +157,7 @@ void pack_weight_columns(const PanelSource& source, int64_t row, int64_t count, 
 
 constexpr PanelKernels kKernels = {kCompute, pack_weight_rows, pack_weight_columns,
                                    multiply, convert_row,      permute_activations,
-                                   few_rows, dot_rows};
+                                   few_rows, add_low_rank,     dot_rows};
 }  // namespace
 
 const PanelKernels& panel_kernels_avx512bf16() {

@@ -68,6 +68,14 @@ struct PanelSource {
   DropoutMask dropout;  // threshold 0: none; over (row, column) of `matrix`
 };
 
+// Memory that the next panel will be packed from, fetched while this one is multiplied: with each
+// unit of the reduction one address, `count` of them, `step` bytes apart.
+struct Ahead {
+  const char* next;
+  int64_t step;
+  int64_t count;
+};
+
 // out (+)= first + in * panel, for `rows` rows and `lanes` <= 64 lanes.
 struct PanelProduct {
   int64_t rows;
@@ -89,6 +97,7 @@ struct PanelProduct {
   void* out;
   DType out_dtype;
   int64_t out_stride;  // elements
+  Ahead ahead;
 };
 
 // Few rows: out[m, n - first] = x[m] . W[n] for n in [first, last).
@@ -121,6 +130,9 @@ struct PanelKernels {
   // For few rows: x in the order that `few_rows` reads, [rows][K rounded up to whole chunks].
   void (*permute_activations)(const Matrix& x, void* out);
   void (*few_rows)(const FewRows& few);
+  // For few rows: out[m][n - first] += scaling * sum_r t[m, r] b[n, r], n in [first, last).
+  void (*add_low_rank)(const Matrix& t, const Matrix& b, float scaling, int64_t first, int64_t last,
+                       float* out, int64_t out_stride);
   // sum_k drop(a[row_a, k]) b[row_b, k]
   float (*dot_rows)(const Matrix& a, int64_t row_a, const Matrix& b, int64_t row_b,
                     const DropoutMask& mask);

@@ -2,7 +2,9 @@
 //
 // A task owns a block of rows and one panel of 64 lanes: it decodes the panel into its thread's
 // cache and multiplies all its rows by it. Reductions longer than a panel go chunk by chunk through
-// fp32 partial sums, always in the same order, so results do not depend on the number of threads.
+// fp32 partial sums. A product too small to give many threads a task each is cut along its
+// reduction as well, into parts that are summed in order. How sums are cut depends on the shape
+// alone, so results do not depend on the number of threads.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -19,6 +21,8 @@ constexpr int64_t kMaxBlockRows = 516;  // whole tiles; what a task reads of x s
 constexpr int64_t kMinBlockRows = 60;
 constexpr int64_t kPackRows = 11;    // packing a panel costs as much as multiplying so many rows
 constexpr int64_t kSkinnyRows = 48;  // rows a task of the skinny products T and U
+constexpr int64_t kManyTasks = 64;   // products of fewer tasks are cut along the reduction
+constexpr int64_t kMinPartUnits = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -150,9 +154,23 @@ void load_bias(const Matrix& bias, int64_t lane, int lanes, float out[kPanelLane
     out[i] = i < lanes ? load_element(bias.data, bias.dtype, lane + i) : 0.0f;
 }
 
-void multiply_block(const Driver& driver, const WideProduct& w, int64_t row, int64_t rows,
-                    int64_t lane) {
-  float bias[kPanelLanes];
+// The packed codes of the panel at `lane`, to be fetched during a product of `rows` rows: all bytes
+// of its rows evenly, or one line of each row.
+Ahead codes_of_panel(const Driver& driver, const WideProduct& w, int64_t lane, int64_t rows) {
+  constexpr int64_t kLine = 64, kLeastStep = 8;
+  const Nf4Bits* weight = w.source.weight;
+  if (weight == nullptr) return {};
+  const int64_t row_bytes = w.source.matrix.cols / 2;
+  const char* codes = reinterpret_cast<const char*>(weight->packed);
+  if (w.lanes_are == Lanes::kColumns) return {codes + lane / 2, row_bytes, w.depth};
+  const int64_t bytes = std::min<int64_t>(kPanelLanes, w.lanes - lane) * row_bytes;
+  const int64_t units = ceil_div(rows, kTileRows) * driver.units(w.depth);
+  const int64_t step = std::clamp(ceil_div(bytes, units), kLeastStep, kLine);
+  return {codes + lane * row_bytes, step, ceil_div(bytes, step)};
+}
+
+// The product of rows [row, row + rows) by the panel at `lane`, all but its reduction.
+PanelProduct product_of(const WideProduct& w, int64_t row, int64_t rows, int64_t lane) {
   PanelProduct p{};
   p.rows = rows;
   p.lanes = static_cast<int>(std::min<int64_t>(kPanelLanes, w.lanes - lane));
@@ -160,49 +178,114 @@ void multiply_block(const Driver& driver, const WideProduct& w, int64_t row, int
   p.out_dtype = w.out.dtype;
   p.out_stride = w.out.stride;
   p.out = static_cast<char*>(w.out.data) + (row * w.out.stride + lane) * element_bytes(w.out.dtype);
+  return p;
+}
+
+// Packs the LoRA branch's panel and puts it first.
+void add_first(const Driver& driver, const WideProduct& w, int64_t row, int64_t lane,
+               PanelProduct& p) {
+  void* first = thread_scratch(ScratchSlot::kSecondPanel, driver.panel_bytes(w.first_depth));
+  pack(driver, w.first_source, w.first_lanes_are, lane, p.lanes, 0, w.first_depth, first);
+  p.first_panel = first;
+  p.first_units = driver.units(w.first_depth);
+  p.first_in = w.first_in->row(row);
+  p.first_stride = w.first_in->row_bytes();
+  p.first_mask = w.first_mask;
+  p.mask_row = row;
+  p.mask_column = lane;
+}
+
+// Packs the reduction's elements [begin, begin + count) of the panel at `lane` and multiplies.
+void multiply_chunk(const Driver& driver, const WideProduct& w, int64_t row, int64_t lane,
+                    int64_t begin, int64_t count, PanelProduct& p) {
+  void* panel = thread_scratch(ScratchSlot::kPanel, driver.panel_bytes(count));
+  pack(driver, w.source, w.lanes_are, lane, p.lanes, begin, count, panel);
+  p.panel = panel;
+  p.units = driver.units(count);
+  p.in = w.in->row(row) + begin * element_bytes(driver.kernels.compute);
+  driver.kernels.multiply(p);
+}
+
+// `next_lane`: the panel that this thread will most likely pack after this one.
+void multiply_block(const Driver& driver, const WideProduct& w, int64_t row, int64_t rows,
+                    int64_t lane, int64_t next_lane) {
+  float bias[kPanelLanes];
+  PanelProduct p = product_of(w, row, rows, lane);
   if (w.bias.data) {
     load_bias(w.bias, lane, p.lanes, bias);
     p.bias = bias;
   }
-
+  if (w.first_in) add_first(driver, w, row, lane, p);
   const int64_t chunk = std::min(driver.chunk_elements(), w.depth);
-  void* panel = thread_scratch(ScratchSlot::kPanel, driver.panel_bytes(chunk));
-  if (w.first_in) {
-    void* first = thread_scratch(ScratchSlot::kSecondPanel, driver.panel_bytes(w.first_depth));
-    pack(driver, w.first_source, w.first_lanes_are, lane, p.lanes, 0, w.first_depth, first);
-    p.first_panel = first;
-    p.first_units = driver.units(w.first_depth);
-    p.first_in = w.first_in->row(row);
-    p.first_stride = w.first_in->row_bytes();
-    p.first_mask = w.first_mask;
-    p.mask_row = row;
-    p.mask_column = lane;
-  }
   if (w.depth > chunk)
     p.partial = static_cast<float*>(thread_scratch(
         ScratchSlot::kTile, static_cast<size_t>(rows) * kPanelLanes * sizeof(float)));
-  p.panel = panel;
   for (int64_t begin = 0; begin < w.depth; begin += chunk) {
     const int64_t count = std::min(chunk, w.depth - begin);
-    pack(driver, w.source, w.lanes_are, lane, p.lanes, begin, count, panel);
-    p.units = driver.units(count);
-    p.in = w.in->row(row) + begin * element_bytes(driver.kernels.compute);
     p.store_partial = begin + count < w.depth;
-    driver.kernels.multiply(p);
+    if (!p.store_partial) p.ahead = codes_of_panel(driver, w, next_lane, rows);
+    multiply_chunk(driver, w, row, lane, begin, count, p);
     p.load_partial = true;
     p.first_in = nullptr;
   }
+}
+
+// The elements of a part of the reduction when it is cut, or all of it.
+int64_t part_elements(const Driver& driver, const WideProduct& w, int64_t panels) {
+  const int64_t tasks = panels * ceil_div(w.out.rows, kMinBlockRows);
+  const int64_t parts =
+      std::min(ceil_div(kManyTasks, tasks), driver.units(w.depth) / kMinPartUnits);
+  if (tasks >= kManyTasks || parts <= 1) return w.depth;
+  return std::min(ceil_div(driver.units(w.depth), parts), kMaxPanelUnits) * driver.per_unit();
+}
+
+// Every part of every panel by itself, then their sums in order.
+void run_wide_in_parts(const Driver& driver, const WideProduct& w, int64_t panels, int64_t part) {
+  const int64_t rows = w.out.rows, parts = ceil_div(w.depth, part);
+  const int64_t tile = rows * kPanelLanes;  // floats of a part's sums
+  AlignedBuffer sums(static_cast<size_t>(panels * parts * tile) * sizeof(float));
+  const auto sums_of = [&](int64_t panel, int64_t i) {
+    return sums.as<float>() + (panel * parts + i) * tile;
+  };
+  parallel_for(panels * parts, driver.threads, [&](int64_t task) {
+    const int64_t panel = task / parts, i = task % parts, lane = panel * kPanelLanes;
+    PanelProduct p = product_of(w, 0, rows, lane);
+    if (w.first_in && i == 0) add_first(driver, w, 0, lane, p);
+    p.partial = sums_of(panel, i);
+    p.store_partial = true;
+    multiply_chunk(driver, w, 0, lane, i * part, std::min(part, w.depth - i * part), p);
+  });
+  parallel_for(panels, driver.threads, [&](int64_t panel) {
+    const int64_t lane = panel * kPanelLanes;
+    float* total = sums_of(panel, 0);
+    for (int64_t i = 1; i < parts; ++i) {
+      const float* more = sums_of(panel, i);
+      for (int64_t j = 0; j < tile; ++j) total[j] += more[j];
+    }
+    float bias[kPanelLanes];
+    PanelProduct p = product_of(w, 0, rows, lane);  // no units: stores the sums
+    if (w.bias.data) {
+      load_bias(w.bias, lane, p.lanes, bias);
+      p.bias = bias;
+    }
+    p.partial = total;
+    p.load_partial = true;
+    driver.kernels.multiply(p);
+  });
 }
 
 void run_wide(const Driver& driver, const WideProduct& w) {
   const int64_t rows = w.out.rows;
   if (rows == 0) return;
   const int64_t panels = ceil_div(w.lanes, kPanelLanes);
+  const int64_t part = part_elements(driver, w, panels);
+  if (part < w.depth) return run_wide_in_parts(driver, w, panels, part);
   const int64_t per_task = block_rows(rows, panels, driver.threads);
   const int64_t blocks = ceil_div(rows, per_task);
   parallel_for(panels * blocks, driver.threads, [&](int64_t task) {
     const int64_t row = task / panels * per_task;
-    multiply_block(driver, w, row, std::min(per_task, rows - row), task % panels * kPanelLanes);
+    multiply_block(driver, w, row, std::min(per_task, rows - row), task % panels * kPanelLanes,
+                   (task + driver.threads) % panels * kPanelLanes);
   });
 }
 

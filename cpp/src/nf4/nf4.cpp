@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "halfbyte/dynamic8_format.h"
+#include "nf4_cuda.h"
 #include "nf4_impl.h"
 #include "support/cpu_features.h"
 #include "support/parallel.h"
@@ -162,6 +163,10 @@ void quantize_4bit(const QuantizeParams& params) {
   const int64_t count = params.weight.numel();
   check_tensor("packed", params.packed, {DType::kUInt8}, {ceil_div(count, 2)});
   check_tensor("absmax", params.absmax, {DType::kFloat32}, {ceil_div(count, params.block_size)});
+  const Place& place = params.weight.place;
+  check_place("packed", params.packed, "weight", place);
+  check_place("absmax", params.absmax, "weight", place);
+  if (place.is_cuda()) return quantize_4bit_cuda(params);
 
   QuantizeRun run{};
   const Codebook& book = codebook_of(params.codebook);
@@ -194,6 +199,11 @@ void double_quantize(const DoubleQuantizeParams& params) {
   check_tensor("codes", params.codes, {DType::kUInt8}, {blocks});
   check_tensor("nested_absmax", params.nested_absmax, {DType::kFloat32},
                {ceil_div(blocks, kDynamic8Block)});
+  const Place& place = params.absmax.place;
+  check_place("offset", params.offset, "absmax", place);
+  check_place("codes", params.codes, "absmax", place);
+  check_place("nested_absmax", params.nested_absmax, "absmax", place);
+  if (place.is_cuda()) return double_quantize_cuda(params);
   static const NestedEncoder encode;
 
   const float* absmax = params.absmax.as<float>();
@@ -207,7 +217,8 @@ void double_quantize(const DoubleQuantizeParams& params) {
                });
 }
 
-Nf4Bits checked_bits(const QuantizedView& weight, int64_t count) {
+Nf4Bits checked_bits(const QuantizedView& weight, int64_t count, const char* first,
+                     const Place& place) {
   check_block_size(weight.block_size);
   const int64_t blocks = ceil_div(count, weight.block_size);
   check_dtype("packed", weight.packed, {DType::kUInt8});
@@ -216,10 +227,17 @@ Nf4Bits checked_bits(const QuantizedView& weight, int64_t count) {
                  describe(weight.packed));
   check_tensor("absmax", weight.absmax, {DType::kFloat32, DType::kUInt8}, {blocks});
   if (weight.levels.given) check_tensor("levels", weight.levels, {DType::kFloat32}, {16});
+  check_place("packed", weight.packed, first, place);
+  check_place("absmax", weight.absmax, first, place);
+  check_place("nested_absmax", weight.nested_absmax, first, place);
+  check_place("offset", weight.offset, first, place);
+  check_place("levels", weight.levels, first, place);
+  check_place("nested_map", weight.nested_map, first, place);
 
   Nf4Bits bits{};
   bits.packed = weight.packed.as<uint8_t>();
-  bits.levels = weight.levels.given ? weight.levels.as<float>() : standard_levels(weight.codebook);
+  bits.levels = weight.levels.as<float>();
+  if (bits.levels == nullptr && !place.is_cuda()) bits.levels = standard_levels(weight.codebook);
   bits.count = count;
   while ((int64_t{1} << bits.block_shift) < weight.block_size) ++bits.block_shift;
   if (weight.absmax.dtype == DType::kFloat32) {
@@ -233,15 +251,18 @@ Nf4Bits checked_bits(const QuantizedView& weight, int64_t count) {
   check_tensor("offset", weight.offset, {DType::kFloat32}, {1});
   bits.absmax_codes = weight.absmax.as<uint8_t>();
   bits.nested_absmax = weight.nested_absmax.as<float>();
-  bits.nested_map = weight.nested_map.given ? weight.nested_map.as<float>() : standard_nested_map();
+  bits.nested_map = weight.nested_map.as<float>();
+  if (bits.nested_map == nullptr && !place.is_cuda()) bits.nested_map = standard_nested_map();
   bits.offset = weight.offset.as<float>();
   return bits;
 }
 
 void dequantize_4bit(const DequantizeParams& params) {
   check_dtype("out", params.out, kFloats);
-  DequantizeRun run{checked_bits(params.weight, params.out.numel()), params.out.dtype,
-                    params.out.data, params.threads};
+  const Place& place = params.out.place;
+  const Nf4Bits bits = checked_bits(params.weight, params.out.numel(), "out", place);
+  if (place.is_cuda()) return dequantize_4bit_cuda(params, bits);
+  const DequantizeRun run{bits, params.out.dtype, params.out.data, params.threads};
   select_variant("dequantize_4bit", kDequantizeTable, run).run(run);
 }
 

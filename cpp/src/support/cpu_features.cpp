@@ -2,7 +2,6 @@
 // the wide registers (XGETBV).
 #include "cpu_features.h"
 
-#include "halfbyte/cuda/status.h"
 #include "halfbyte/device.h"
 
 namespace halfbyte {
@@ -35,10 +34,6 @@ std::vector<std::pair<std::string, bool>> cpu_feature_list() {
           {"avx512_bf16", f.avx512_bf16},
           {"avx512_vbmi", f.avx512_vbmi},
           {"avx512_vnni", f.avx512_vnni}};
-}
-
-std::string cuda_why_not() {
-  return cuda::why_not();
 }
 
 }  // namespace halfbyte

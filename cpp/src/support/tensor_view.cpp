@@ -51,7 +51,6 @@ void check_dtype(const char* name, const TensorView& view, std::initializer_list
     found = found || (view.given && view.dtype == dtype);
   }
   HALFBYTE_CHECK(found, name, ": expected ", expected, ", got ", describe(view));
-  HALFBYTE_CHECK(view.device == Device::kCpu, name, ": expected a CPU tensor, got a CUDA tensor");
 }
 
 void check_tensor(const char* name, const TensorView& view, std::initializer_list<DType> dtypes,
@@ -59,6 +58,16 @@ void check_tensor(const char* name, const TensorView& view, std::initializer_lis
   check_dtype(name, view, dtypes);
   HALFBYTE_CHECK(view.shape == shape, name, ": expected shape ", shape_text(shape), ", got ",
                  describe(view));
+}
+
+static std::string place_text(const Place& place) {
+  return place.is_cuda() ? concat("cuda:", place.index) : "the CPU";
+}
+
+void check_place(const char* name, const TensorView& view, const char* first, const Place& place) {
+  const bool same = view.place.device == place.device && view.place.index == place.index;
+  HALFBYTE_CHECK(!view.given || same, name, ": expected a tensor on ", place_text(place),
+                 ", where ", first, " is, got one on ", place_text(view.place));
 }
 
 }  // namespace halfbyte

@@ -22,7 +22,7 @@ def command(
 
 
 def collect() -> dict[str, Any]:
-    """All facts as plain values: versions, processor, variants, cuda."""
+    """All facts as plain values: versions, processor, variants, cuda, cuda_devices."""
     import torch
 
     import halfbyte
@@ -42,6 +42,7 @@ def collect() -> dict[str, Any]:
         },
         "variants": halfbyte.variants(),
         "cuda": halfbyte.cuda_status(),
+        "cuda_devices": halfbyte.cuda_devices(),
     }
 
 
@@ -67,6 +68,8 @@ def _show(facts: dict[str, Any]) -> None:
     if absent:
         grid.add_row("", f"[dim]lacks {absent}[/dim]")
     grid.add_row("cuda", escape(facts["cuda"]))
+    for index, device in enumerate(facts["cuda_devices"]):
+        grid.add_row("", escape(f"device {index}: {device}"))
     console.print(grid)
 
     table = Table(title="kernels, best first", title_justify="left", title_style="bold")

@@ -82,39 +82,47 @@ class LoraLinear(PeftLoraLinear):
         adapter = None if args or kwargs else self._fusable_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
+        base, lora_a, lora_b, dropout = self._parts(adapter)
         # The dropout seed is drawn inside, from torch's default generator, whose state gradient
         # checkpointing restores: the recomputed forward pass gets the same mask.
         return halfbyte.lora_linear(
             x,
-            self.base_layer.nf4_weight,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
+            base.nf4_weight,
+            lora_a.weight,
+            lora_b.weight,
             self.scaling[adapter],
-            bias=self.base_layer.bias,
-            dropout=self._dropout_probability(adapter),
+            bias=base.bias,
+            dropout=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+        )
+
+    def _parts(self, adapter: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """base_layer, A, B and dropout. Looked up where nn.Module keeps them: its attribute access
+        costs as much as a small product when tokens are generated one by one."""
+        modules = self._modules
+        return (
+            modules["base_layer"],
+            modules["lora_A"]._modules[adapter],
+            modules["lora_B"]._modules[adapter],
+            modules["lora_dropout"]._modules[adapter],
         )
 
     def _fusable_adapter(self) -> str | None:
         """The one active adapter if the fused op computes exactly what PEFT would, else None."""
-        if self.disable_adapters or self.merged or not isinstance(self.base_layer, NF4Linear):
+        if self.disable_adapters or self.merged:
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1:
+        adapters = self._modules["lora_A"]._modules
+        active = [name for name in self.active_adapters if name in adapters]
+        if len(active) != 1 or active[0] in self.lora_variant:
             return None
-        (name,) = active
-        parts = (self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name])
+        parts = base, lora_a, lora_b, dropout = self._parts(active[0])
         plain = (
-            name not in self.lora_variant
-            and type(self.lora_A[name]) is nn.Linear
-            and type(self.lora_B[name]) is nn.Linear
-            and self.lora_B[name].bias is None
-            and isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity)
+            isinstance(base, NF4Linear)
+            and type(lora_a) is nn.Linear
+            and type(lora_b) is nn.Linear
+            and lora_b.bias is None
+            and type(dropout) in (nn.Dropout, nn.Identity)
         )
-        return name if plain and not any(_has_hooks(part) for part in parts) else None
-
-    def _dropout_probability(self, adapter: str) -> float:
-        dropout = self.lora_dropout[adapter]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return active[0] if plain and not any(map(_has_hooks, parts)) else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: adding to packed codes would corrupt them."""

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from halfbyte._native import _C, thread_count
+from halfbyte._native import _C, stream_of, thread_count
 from halfbyte.ops import define
 
 DOUBLE_QUANT_BLOCK = 256
@@ -33,14 +33,16 @@ def _quantize_outputs(weight, block_size):
 def _quantize(weight, codebook, block_size):
     weight = weight.contiguous()
     packed, absmax = _quantize_outputs(weight, block_size)
-    _C.quantize_4bit(weight, codebook, block_size, packed, absmax, thread_count())
+    _C.quantize_4bit(
+        weight, codebook, block_size, packed, absmax, thread_count(), stream_of(weight)
+    )
     return packed, absmax
 
 
 def _double_quantize(absmax, offset):
     absmax = absmax.contiguous()
     codes, nested_absmax = _double_quantize_fake(absmax, offset)
-    _C.double_quantize(absmax, offset, codes, nested_absmax, thread_count())
+    _C.double_quantize(absmax, offset, codes, nested_absmax, thread_count(), stream_of(absmax))
     return codes, nested_absmax
 
 
@@ -52,15 +54,16 @@ def _double_quantize_fake(absmax, offset):
 
 def _dequantize(*args):
     *weight, shape, dtype = args
-    out = torch.empty(shape, dtype=dtype)
-    _C.advise_huge_pages(out)
+    out = torch.empty(shape, dtype=dtype, device=weight[0].device)
+    if out.is_cpu:
+        _C.advise_huge_pages(out)
     _dequantize_into(*weight, out)
     return out
 
 
 def _dequantize_into(*args):
     *weight, out = args
-    _C.dequantize_4bit(weight, out, thread_count())
+    _C.dequantize_4bit(weight, out, thread_count(), stream_of(out))
 
 
 def _dequantize_fake(packed, *weight_and_shape):
