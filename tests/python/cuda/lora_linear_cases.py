@@ -304,8 +304,9 @@ def kernels(gpu) -> list[str] | None:
     """Short names of what was launched since the last call of this; None on a card."""
     if not hasattr(gpu, "runtime"):
         return None
-    names = [re.search(r"_cu_[0-9a-f]{8}\d+lora_linear_(\w+?)(I\w*)?E", each.kernel).group(1)
-             for each in gpu.runtime.launches]  # fmt: skip
+    pattern = re.compile(r"_cu_[0-9a-f]{8}\d+lora_linear_(\w+?)(I\w*)?E")
+    found = [pattern.search(each.kernel) for each in gpu.runtime.launches]
+    names = [match.group(1) for match in found if match]
     gpu.runtime.launches.clear()
     return names
 

@@ -99,6 +99,8 @@ EXPLAINED = (
               "an end of a row that another element of the run meets: i is constant here"),
     Explained("few_rows_fma", "", r"count == kRun && reinterpret_cast",
               "both ways to load a run give the same values"),
+    Explained("few_rows_fma", "swap", r"shl.b64 .*, 1`.*<__half",
+              "the address of a float16 output, which this instance has not"),
     Explained("few_rows", "immediate", r"64 \+ 1 in `add.s64.*(int64_t first|int64_t k) =",
               "compared with K, a multiple of 64; or the scale of the same block"),
     Explained("sum", "",
@@ -270,6 +272,9 @@ RAGGED = (
     (30, 517, 65, 5, torch.bfloat16),
     (30, 520, 64, 5, torch.bfloat16),
     (15, 9, 333, 5, torch.float32),
+    (16, 41, 1055, 35, torch.float32),
+    (13, 70, 1052, 3, torch.float32),
+    (6, 9, 261, 2, torch.float32),
 )
 HALVES = ({"backwards": False}, {"forwards": False})
 GROUPS = {"adamw8": adamw8_cases, "lora_linear": lora_linear_cases, "nf4": nf4_cases}

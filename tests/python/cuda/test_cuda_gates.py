@@ -19,6 +19,10 @@ import mutate
 GENERATIONS = (80, 86, 89, 90, 100, 120)
 # At most, by kernel: for the blocks of threads a multiprocessor is to hold.
 REGISTERS = {"any_shape": 128, "few_rows": 128, "few_rows_fma": 128, "fp32": 128, "skinny": 168}
+MOST_REGISTERS = 255  # the hardware's, with nothing spilled
+
+# What -fmad decides about.
+FLOATING_PRODUCT = re.compile(r"\b(mul|fma)(\.\w+)*\.f(32|64)\b")
 
 # --- machine code ---------------------------------------------------------------------------------
 
@@ -66,7 +70,7 @@ def test_no_kernel_spills_or_uses_local_memory(machine_code):
 
 
 def test_registers_stay_within_their_bounds(machine_code):
-    most = {row["kernel"]: REGISTERS.get(row["kernel"], 254) for row in machine_code}
+    most = {row["kernel"]: REGISTERS.get(row["kernel"], MOST_REGISTERS) for row in machine_code}
     assert not [row for row in machine_code if row["registers"] > most[row["kernel"]]]
 
 
@@ -90,10 +94,10 @@ def test_sources_are_tested_as_they_are_built(built):
     }
     for each in built:
         words = commands[each.source].split()
-        for flag in ("-O3", "-lineinfo", "-std=c++17"):
-            assert flag in words, (each.source, flag)
-        wanted = api.FILE_FLAGS.get(each.source.parent.name, [])
-        assert [word for word in words if word.startswith("-fmad")] == wanted, each.source
+        assert "-O3" in words and "-std=c++17" in words, each.source
+        contracts = [word for word in words if word.startswith("-fmad")]
+        if FLOATING_PRODUCT.search(each.ptx["compute_80"].read_text()):
+            assert contracts == api.FILE_FLAGS.get(each.source.parent.name, []), each.source
 
 
 # --- planted faults -------------------------------------------------------------------------------
