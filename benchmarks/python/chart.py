@@ -82,7 +82,7 @@ def birthplace(results: Path) -> str:
 
 
 def draw(rows: list[tuple[str, float]], where: str, output: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8.4, 0.62 * len(rows) + 1.2), dpi=150)
+    figure, axes = plt.subplots(figsize=(9.4, 0.46 * len(rows) + 1.2), dpi=150)
     labels, values = zip(*rows, strict=True)
     places = range(len(rows), 0, -1)
     axes.barh(places, [value - 1 for value in values], left=1, color=BAR, height=0.62)
@@ -101,12 +101,8 @@ def draw(rows: list[tuple[str, float]], where: str, output: Path) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(
-        "Time of the peer / time of halfbyte (layers and weights: N = K = 4096)",
-        fontsize=10,
-        color=INK,
-        loc="left",
-    )
+    title = "Time of the peer / time of halfbyte (layers and weights: N = K = 4096)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
     figure.text(0.01, 0.01, where, fontsize=7, color="#667")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     output.parent.mkdir(parents=True, exist_ok=True)
