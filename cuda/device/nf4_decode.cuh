@@ -33,7 +33,8 @@ struct DecodeTables {
   float offset;    // the same; 0 without them
 };
 
-// By all threads of the block; a barrier follows. A checkpoint's own tables are used as stored.
+// By all threads of the block; a barrier follows. A checkpoint's own tables are used as stored. The
+// offset is set in any case: it may be read before it is known whether it counts.
 static __device__ __forceinline__ void load_decode_tables(const Weight& weight,
                                                           DecodeTables& tables) {
   const Nf4Bits& bits = weight.bits;

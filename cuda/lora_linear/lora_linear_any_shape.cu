@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t m0 = int64_t{blockIdx.x} * kRows, j0 = int64_t{blockIdx.y} * kColumns;
   const int64_t warp_j0 = j0 + 8 * kColTiles * warp, steps = (p.D + kStep - 1) / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_tables(p.weight, tables);
+  load_decode_tables(p.weight, tables);
   float sums[kRowTiles][kColTiles][4];
   start_sums(sums, p, split, m0, j0, warp_j0, shared);
 
@@ -107,13 +107,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 int any_shape_splits(const Product& p) {
-  const int64_t tiles = ceil_div(p.M, kRows) * ceil_div(p.J, kColumns);
-  return split_count(tiles, ceil_div(p.D, kStep), 8, 16);
+  return split_count(tile_count(p, kRows, kColumns), ceil_div(p.D, kStep), 8, 16);
 }
 
 void launch_any_shape(const Product& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.M, kRows)),
-                  static_cast<unsigned>(ceil_div(p.J, kColumns)), p.splits);
+  const dim3 grid = tile_grid(p, kRows, kColumns);
   if (p.left.dtype == DType::kBFloat16)
     lora_linear_any_shape<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p);
   else

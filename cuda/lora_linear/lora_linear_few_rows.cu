@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t begin = chunks * split / p.splits, end = chunks * (split + 1) / p.splits;
   const int64_t last = p.J - 1;
   const int64_t rows[2] = {n0 + g < p.J ? n0 + g : last, n0 + g + 8 < p.J ? n0 + g + 8 : last};
-  load_tables(p.weight, tables);
+  load_decode_tables(p.weight, tables);
   __syncthreads();
   load_pairs<Element>(tables, pairs);
   __syncthreads();

@@ -40,7 +40,7 @@ template <class Element>
 __global__ void __launch_bounds__(32 * kWarps)
     lora_linear_few_rows_fma(const __grid_constant__ Product p) {
   __shared__ DecodeTables tables;
-  load_tables(p.weight, tables);
+  load_decode_tables(p.weight, tables);
   __syncthreads();
 
   const int lane = threadIdx.x % 32;

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_fp32(const __grid_consta
   const int64_t m0 = int64_t{blockIdx.x} * kTile, j0 = int64_t{blockIdx.y} * kTile;
   const int64_t steps = (p.D + kStep - 1) / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_tables(p.weight, tables);
+  load_decode_tables(p.weight, tables);
 
   float sums[4][4] = {};
   if (split == 0 && p.R) add_lora(sums, p, left, right, m0, j0, ty, tx);
@@ -151,13 +151,11 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 int fp32_splits(const Product& p) {
-  const int64_t tiles = ceil_div(p.M, kTile) * ceil_div(p.J, kTile);
-  return split_count(tiles, ceil_div(p.D, kStep), 16, 16);
+  return split_count(tile_count(p, kTile, kTile), ceil_div(p.D, kStep), 16, 16);
 }
 
 void launch_fp32(const Product& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.M, kTile)),
-                  static_cast<unsigned>(ceil_div(p.J, kTile)), p.splits);
+  const dim3 grid = tile_grid(p, kTile, kTile);
   lora_linear_fp32<<<grid, kThreads, 0, stream>>>(p);
 }
 

@@ -74,6 +74,15 @@ inline int split_count(int64_t tiles, int64_t steps, int64_t least_steps, int mo
   return splits < 1 ? 1 : static_cast<int>(splits);
 }
 
+// The output of a product in tiles of `rows` x `columns`: how many, and their grid with its splits.
+inline int64_t tile_count(const Product& p, int64_t rows, int64_t columns) {
+  return ceil_div(p.M, rows) * ceil_div(p.J, columns);
+}
+inline dim3 tile_grid(const Product& p, int64_t rows, int64_t columns) {
+  return dim3(static_cast<unsigned>(ceil_div(p.M, rows)),
+              static_cast<unsigned>(ceil_div(p.J, columns)), static_cast<unsigned>(p.splits));
+}
+
 // Each variant: how it splits a product, and its launch.
 int few_rows_splits(const Product& product);
 void launch_few_rows(const Product& product, cudaStream_t stream);

@@ -64,6 +64,20 @@ __device__ __forceinline__ void load_left(uint32_t (&a)[4], uint32_t stage, int 
   ldmatrix_x4(a, row + i * (16 * kLeftRowBytes) + (chunk ^ (s << 5)));
 }
 
+// sums += mma step s of all row tiles, b[t] the B operand of column tile t.
+template <class Element, int kRowTiles>
+__device__ __forceinline__ void multiply_left(float (&sums)[kRowTiles][kColTiles][4],
+                                              uint32_t stage, int s,
+                                              const uint32_t (&b)[kColTiles][2]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+    uint32_t a[4];
+    load_left(a, stage, i, s);
+#pragma unroll
+    for (int t = 0; t < kColTiles; ++t) mma_m16n8k16<Element>(sums[i][t], a, b[t][0], b[t][1]);
+  }
+}
+
 // --- levels --------------------------------------------------------------------------------------
 
 // The level of the nibble at bit `bit` of `word`. Sixteen words lie in sixteen banks: no two lanes
@@ -141,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t m0 = int64_t{blockIdx.x} * (16 * kRowTiles), j0 = int64_t{blockIdx.y} * kColumns;
   const int64_t warp_j0 = j0 + 32 * warp, steps = p.D / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_tables(p.weight, tables);
+  load_decode_tables(p.weight, tables);
   float sums[kRowTiles][kColTiles][4];
   start_sums(sums, p, split, m0, j0, warp_j0, reinterpret_cast<float*>(left));
   __syncthreads();
@@ -185,13 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           b[t][i] = pack_pair<Element>(scale[t] * level_at(tables.levels, word, bit + 4),
                                        scale[t] * level_at(tables.levels, word, bit));
         }
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        uint32_t a[4];
-        load_left(a, stage_address, i, s);
-#pragma unroll
-        for (int t = 0; t < kColTiles; ++t) mma_m16n8k16<Element>(sums[i][t], a, b[t][0], b[t][1]);
-      }
+      multiply_left<Element>(sums, stage_address, s, b);
     }
     stage = stage == kAhead ? 0 : stage + 1;
     free_stage = free_stage == kAhead ? 0 : free_stage + 1;
@@ -262,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t m0 = int64_t{blockIdx.x} * (16 * kRowTiles), j0 = int64_t{blockIdx.y} * kColumns;
   const int64_t warp_j0 = j0 + 32 * warp, steps = (p.D + kStep - 1) / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_tables(p.weight, tables);
+  load_decode_tables(p.weight, tables);
   float sums[kRowTiles][kColTiles][4];
   start_sums(sums, p, split, m0, j0, warp_j0, reinterpret_cast<float*>(left));
   __syncthreads();
@@ -302,13 +310,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       uint32_t b[kColTiles][2];
       decode_columns<Element>(b, own_codes + 16 * s * kCodeRowBytes, row_scales + 16 * s,
                               tables.levels);
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        uint32_t a[4];
-        load_left(a, stage_address, i, s);
-#pragma unroll
-        for (int t = 0; t < kColTiles; ++t) mma_m16n8k16<Element>(sums[i][t], a, b[t][0], b[t][1]);
-      }
+      multiply_left<Element>(sums, stage_address, s, b);
     }
     stage = stage == kAhead ? 0 : stage + 1;
     free_stage = free_stage == kAhead ? 0 : free_stage + 1;
@@ -324,8 +326,7 @@ int row_tiles(const Product& p) {
 
 template <class Element, int kRowTiles>
 void launch(const Product& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.M, 16 * kRowTiles)),
-                  static_cast<unsigned>(ceil_div(p.J, kColumns)), p.splits);
+  const dim3 grid = tile_grid(p, 16 * kRowTiles, kColumns);
   if (p.transposed)
     lora_linear_backward_sm80<Element, kRowTiles><<<grid, kThreads, 0, stream>>>(p);
   else
@@ -343,8 +344,7 @@ void launch_rows(const Product& p, cudaStream_t stream) {
 }  // namespace
 
 int sm80_splits(const Product& p) {
-  const int64_t tiles = ceil_div(p.M, 16 * row_tiles(p)) * ceil_div(p.J, kColumns);
-  return split_count(tiles, ceil_div(p.D, kStep), 4, 16);
+  return split_count(tile_count(p, 16 * row_tiles(p), kColumns), ceil_div(p.D, kStep), 4, 16);
 }
 
 void launch_sm80(const Product& p, cudaStream_t stream) {

@@ -9,13 +9,6 @@
 
 namespace halfbyte::cuda {
 
-// By all threads of the block; a barrier follows. The offset is set in any case: it may be read
-// before it is known whether it counts.
-__device__ __forceinline__ void load_tables(const Weight& weight, DecodeTables& tables) {
-  load_decode_tables(weight, tables);
-  if (weight.bits.absmax && threadIdx.x == 0) tables.offset = 0.0f;
-}
-
 // A scale as it lies in memory.
 struct RawScale {
   uint32_t first;  // absmax, or the code of a double-quantized one

@@ -59,7 +59,11 @@ void check_dtype(const char* name, const TensorView& view, std::initializer_list
 // The same, and exactly the shape `shape`.
 void check_tensor(const char* name, const TensorView& view, std::initializer_list<DType> dtypes,
                   const std::vector<int64_t>& shape);
-// Throws when `view` is given and lies elsewhere than `place`, where the tensor called `first` is.
-void check_place(const char* name, const TensorView& view, const char* first, const Place& place);
+// Throws when one that is given lies elsewhere than `place`, where the tensor called `first` is.
+struct NamedView {
+  const char* name;
+  const TensorView& view;
+};
+void check_places(const char* first, const Place& place, std::initializer_list<NamedView> views);
 
 }  // namespace halfbyte

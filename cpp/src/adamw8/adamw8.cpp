@@ -87,7 +87,7 @@ AdamW8Run prepare(const AdamW8Params& params, AdamW8Result* result) {
     } else {
       run.scalars.push_back(scalars_of(params.groups[t.group], *t.step));
     }
-    run.first_block.push_back(run.first_block.back() + (t.count + kAdamW8Block - 1) / kAdamW8Block);
+    run.first_block.push_back(run.first_block.back() + ceil_div(t.count, kAdamW8Block));
   }
   return run;
 }
@@ -108,7 +108,7 @@ void for_parts(const AdamW8Run& run, int64_t task, Body&& body) {
 }
 
 int64_t task_count(const AdamW8Run& run) {
-  return (run.first_block.back() + kBlocksPerTask - 1) / kBlocksPerTask;
+  return ceil_div(run.first_block.back(), kBlocksPerTask);
 }
 
 // Round to nearest, subnormals kept, whatever the calling thread had set; its setting returns.

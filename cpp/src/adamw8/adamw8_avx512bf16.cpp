@@ -20,7 +20,11 @@ constexpr int kGroup = 64;  // elements decoded at a time
 using UnsignedDecoder = MapPlanes;
 
 inline UnsignedDecoder make_unsigned_decoder(const DynamicMapTables& map) {
-  return make_map_planes(map.values);
+  UnsignedDecoder decoder;
+  for (int plane = 0; plane < 4; ++plane)
+    for (int i = 0; i < 4; ++i)
+      decoder.planes[plane][i] = _mm512_load_si512(map.bytes[plane] + 64 * i);
+  return decoder;
 }
 
 // out = U[codes[0 .. 63]].

@@ -127,12 +127,13 @@ ForwardArgs checked_forward(const LoraLinearParams& params) {
   if (params.bias.given) check_tensor("bias", params.bias, kFloats, {N});
   if (params.t.given) check_tensor("t", params.t, {DType::kFloat32}, {M, R});
   const Place& place = params.x.place;
-  check_place("bias", params.bias, "x", place);
-  check_place("lora_a", params.lora_a, "x", place);
-  check_place("lora_b", params.lora_b, "x", place);
-  check_place("seed", params.seed, "x", place);
-  check_place("y", params.y, "x", place);
-  check_place("t", params.t, "x", place);
+  check_places("x", place,
+               {{"bias", params.bias},
+                {"lora_a", params.lora_a},
+                {"lora_b", params.lora_b},
+                {"seed", params.seed},
+                {"y", params.y},
+                {"t", params.t}});
 
   ForwardArgs args{};
   args.x = matrix_of(params.x);
@@ -160,15 +161,16 @@ BackwardArgs checked_backward(const LoraLinearBackwardParams& params) {
   if (params.d_lora_a.given) check_tensor("x", params.x, {params.dy.dtype}, {M, K});
   if (params.d_lora_b.given) check_tensor("t", params.t, {DType::kFloat32}, {M, R});
   const Place& place = params.dy.place;
-  check_place("x", params.x, "dy", place);
-  check_place("lora_a", params.lora_a, "dy", place);
-  check_place("lora_b", params.lora_b, "dy", place);
-  check_place("t", params.t, "dy", place);
-  check_place("seed", params.seed, "dy", place);
-  check_place("dx", params.dx, "dy", place);
-  check_place("d_lora_a", params.d_lora_a, "dy", place);
-  check_place("d_lora_b", params.d_lora_b, "dy", place);
-  check_place("d_bias", params.d_bias, "dy", place);
+  check_places("dy", place,
+               {{"x", params.x},
+                {"lora_a", params.lora_a},
+                {"lora_b", params.lora_b},
+                {"t", params.t},
+                {"seed", params.seed},
+                {"dx", params.dx},
+                {"d_lora_a", params.d_lora_a},
+                {"d_lora_b", params.d_lora_b},
+                {"d_bias", params.d_bias}});
 
   BackwardArgs args{};
   args.dy = matrix_of(params.dy);

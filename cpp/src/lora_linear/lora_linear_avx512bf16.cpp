@@ -47,7 +47,19 @@ inline int64_t element_of(int step, int lane, int half) {
 constexpr int kScaleCodes = 64;
 using ScaleMap = MapPlanes;
 inline ScaleMap make_scale_map(const float* values) {
-  return make_map_planes(values);
+  ScaleMap result;
+  for (int plane = 0; plane < 4; ++plane)
+    for (int i = 0; i < 4; ++i) {
+      alignas(64) uint8_t bytes[64];
+      for (int j = 0; j < 64; j += kLanes) {
+        const Bits entries = _mm512_loadu_si512(values + i * 64 + j);
+        _mm_store_si128(
+            reinterpret_cast<__m128i*>(bytes + j),
+            _mm512_cvtepi32_epi8(_mm512_srli_epi32(entries, static_cast<unsigned>(8 * plane))));
+      }
+      result.planes[plane][i] = _mm512_load_si512(bytes);
+    }
+  return result;
 }
 inline void look_up_scales(const ScaleMap& map, const uint8_t* codes, Vec out[4]) {
   look_up_map(map, codes, out);

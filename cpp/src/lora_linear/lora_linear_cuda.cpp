@@ -64,7 +64,7 @@ cuda::BackwardLaunch launch_of(const LoraLinearBackwardParams& params, const Bac
 void check_workspace(const TensorView& workspace, const TensorView& x, int64_t bytes) {
   if (bytes == 0) return;
   check_dtype("workspace", workspace, {DType::kUInt8});
-  check_place("workspace", workspace, "x", x.place);
+  check_places("x", x.place, {{"workspace", workspace}});
   HALFBYTE_CHECK(workspace.numel() >= bytes, "workspace: expected ", bytes, " bytes, got ",
                  describe(workspace));
 }

@@ -59,16 +59,16 @@ bool few_rows_fit(const ForwardArgs& args) {
 
 void forward_with_few_rows(const PanelKernels& kernels, const ForwardArgs& args) {
   const int64_t M = args.x.rows, K = args.x.cols, N = args.y.cols;
-  const int64_t padded = (K + kFewRowsChunk - 1) / kFewRowsChunk * kFewRowsChunk;
+  const int64_t padded = ceil_div(K, kFewRowsChunk) * kFewRowsChunk;
   AlignedBuffer x(static_cast<size_t>(M * padded) * sizeof(float));
   kernels.permute_activations(args.x, x.as<void>());
   if (args.lora_a.data) compute_t(kernels, args);
 
   // Long runs of rows, so that few of them start where nothing was fetched ahead.
-  const int64_t slices = (N + kSliceFeatures - 1) / kSliceFeatures;
+  const int64_t slices = ceil_div(N, kSliceFeatures);
   const int64_t per_task =
       std::clamp<int64_t>(slices / (args.threads * kTasksPerThread), 1, kMaxSlices);
-  parallel_for((slices + per_task - 1) / per_task, args.threads, [&](int64_t task) {
+  parallel_for(ceil_div(slices, per_task), args.threads, [&](int64_t task) {
     const int64_t last = std::min(slices, (task + 1) * per_task);
     for (int64_t slice = task * per_task; slice < last; ++slice)
       compute_slice(kernels, args, x.as<void>(), padded, slice * kSliceFeatures);

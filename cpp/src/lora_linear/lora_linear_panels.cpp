@@ -24,10 +24,6 @@ constexpr int64_t kSkinnyRows = 48;  // rows a task of the skinny products T and
 constexpr int64_t kManyTasks = 64;   // products of fewer tasks are cut along the reduction
 constexpr int64_t kMinPartUnits = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 int64_t element_bytes(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
 }

@@ -20,10 +20,6 @@ constexpr std::initializer_list<DType> kFloats = {DType::kFloat32, DType::kBFloa
                                                   DType::kFloat16};
 constexpr int64_t kElementsPerTask = 1 << 16;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 void check_block_size(int64_t block_size) {
   HALFBYTE_CHECK(block_size >= kMinBlockSize && block_size <= kMaxBlockSize &&
                      (block_size & (block_size - 1)) == 0,
@@ -164,8 +160,7 @@ void quantize_4bit(const QuantizeParams& params) {
   check_tensor("packed", params.packed, {DType::kUInt8}, {ceil_div(count, 2)});
   check_tensor("absmax", params.absmax, {DType::kFloat32}, {ceil_div(count, params.block_size)});
   const Place& place = params.weight.place;
-  check_place("packed", params.packed, "weight", place);
-  check_place("absmax", params.absmax, "weight", place);
+  check_places("weight", place, {{"packed", params.packed}, {"absmax", params.absmax}});
   if (place.is_cuda()) return quantize_4bit_cuda(params);
 
   QuantizeRun run{};
@@ -200,9 +195,10 @@ void double_quantize(const DoubleQuantizeParams& params) {
   check_tensor("nested_absmax", params.nested_absmax, {DType::kFloat32},
                {ceil_div(blocks, kDynamic8Block)});
   const Place& place = params.absmax.place;
-  check_place("offset", params.offset, "absmax", place);
-  check_place("codes", params.codes, "absmax", place);
-  check_place("nested_absmax", params.nested_absmax, "absmax", place);
+  check_places("absmax", place,
+               {{"offset", params.offset},
+                {"codes", params.codes},
+                {"nested_absmax", params.nested_absmax}});
   if (place.is_cuda()) return double_quantize_cuda(params);
   static const NestedEncoder encode;
 
@@ -227,12 +223,13 @@ Nf4Bits checked_bits(const QuantizedView& weight, int64_t count, const char* fir
                  describe(weight.packed));
   check_tensor("absmax", weight.absmax, {DType::kFloat32, DType::kUInt8}, {blocks});
   if (weight.levels.given) check_tensor("levels", weight.levels, {DType::kFloat32}, {16});
-  check_place("packed", weight.packed, first, place);
-  check_place("absmax", weight.absmax, first, place);
-  check_place("nested_absmax", weight.nested_absmax, first, place);
-  check_place("offset", weight.offset, first, place);
-  check_place("levels", weight.levels, first, place);
-  check_place("nested_map", weight.nested_map, first, place);
+  check_places(first, place,
+               {{"packed", weight.packed},
+                {"absmax", weight.absmax},
+                {"nested_absmax", weight.nested_absmax},
+                {"offset", weight.offset},
+                {"levels", weight.levels},
+                {"nested_map", weight.nested_map}});
 
   Nf4Bits bits{};
   bits.packed = weight.packed.as<uint8_t>();

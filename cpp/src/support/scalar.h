@@ -1,5 +1,5 @@
-// bfloat16 and float16 as fp32, one element at a time, round to nearest even. Internal linkage:
-// safe to include in files of any instruction set.
+// Scalars: a quotient rounded up; bfloat16 and float16 as fp32, one element at a time, round to
+// nearest even. Internal linkage: safe to include in files of any instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -8,6 +8,10 @@
 #include "halfbyte/dtype.h"
 
 namespace halfbyte {
+
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 static inline float float_of_bits(uint32_t bits) {
   float value;

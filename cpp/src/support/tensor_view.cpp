@@ -64,10 +64,12 @@ static std::string place_text(const Place& place) {
   return place.is_cuda() ? concat("cuda:", place.index) : "the CPU";
 }
 
-void check_place(const char* name, const TensorView& view, const char* first, const Place& place) {
-  const bool same = view.place.device == place.device && view.place.index == place.index;
-  HALFBYTE_CHECK(!view.given || same, name, ": expected a tensor on ", place_text(place),
-                 ", where ", first, " is, got one on ", place_text(view.place));
+void check_places(const char* first, const Place& place, std::initializer_list<NamedView> views) {
+  for (const auto& [name, view] : views) {
+    const bool same = view.place.device == place.device && view.place.index == place.index;
+    HALFBYTE_CHECK(!view.given || same, name, ": expected a tensor on ", place_text(place),
+                   ", where ", first, " is, got one on ", place_text(view.place));
+  }
 }
 
 }  // namespace halfbyte

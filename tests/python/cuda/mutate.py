@@ -41,6 +41,7 @@ import test_cuda_adamw8 as adamw8
 import test_cuda_lora_linear as lora_linear
 import test_cuda_nf4 as nf4
 from adamw8_cases import new_case
+from explained import EXPLAINED
 from lora_linear_cases import CASES, Layer, check_bounds, check_exact
 from ptx_interpreter import PtxError, Unsupported, build_library, handlers
 from ptx_interpreter.launch import launch
@@ -49,75 +50,6 @@ from ptx_interpreter.mutate import KINDS, Mutation, mutations
 STEP_LIMIT = 100_000  # of a launch; the unchanged kernels stay below
 LEAST = 0.9  # of the faults that are no dropped barrier, wait or commit
 OUTPUT = api.ROOT / "build/mutate_cuda.md"
-
-# --- survivors that cannot be noticed -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explained:
-    """`kernel`, `kind` and `fault` (PTX and source line of the survivor) are matched by search."""
-
-    kernel: str
-    kind: str
-    fault: str
-    why: str
-
-
-# fmt: off
-EXPLAINED = (
-    Explained("", "", r"(-4294967296 \+ 1 in `and|[.]s64 %p\d+, %rd\d+, 0`|bra ).*"
-                      r"[/%] (gridDim|p[.]splits|p[.]J|per_row)",
-              "a 64-bit division is done in 32 bits when both numbers are small; both are right"),
-    Explained("", "immediate", r"(31|63) \+ 1 in `shr.u(32|64)|\b(2\d|5\d) \+ 1 in `shr.u(32|64)",
-              "rounding towards zero of a quotient that is never negative"),
-    Explained("", "swap", r"`shr.[su](32|64) .*, (31|63|2\d|5\d)`",
-              "the sign of a number that is never negative"),
-    Explained("", "immediate", r"-65536 \+ 1 in `and.b32.*0xFFFF0000u",
-              "one unit of fp32 in a bfloat16 value, lost when the result is rounded"),
-    Explained("", "immediate|comparison",
-              r"(-1 \+ 1 in `setp.gt.s32|gt.s32 %p\d+, %r\d+, -1`).*negative",
-              "the sign of +0, whose code is the same from either side"),
-    Explained("", "comparison", r"(gt -> ge|leu? -> ltu?|gtu -> geu) .*> kLargestFloat",
-              "a reciprocal or a moment of exactly the largest float"),
-    Explained("", "immediate", r"\d+ \+ 1 in `and.b32.*(levels|lane_bytes|kRestMask|code_of)",
-              "a mask's lowest bit, which is zero after the shift before it"),
-    Explained("", "immediate", r" 0 \+ 1 in `mov.u32.*load_some",
-              "an element past the end is the least subnormal instead of zero, and is not stored"),
-    Explained("", "immediate|comparison",
-              r"((2047|1023|703) \+ 1 in|, (2047|1023|703)`|setp.*(sizeof.Table|i < 256))",
-              "a thread's index is below the first bound of the loop that fills a table or a tile"),
-    Explained("", "immediate", r" (12|60|124|248) \+ 1 in `and.b32",
-              "a mask's lowest bit, which is zero after the shift before it"),
-    Explained("", "comparison", r"lt -> le .*dropout_hash", "a hash that is the threshold: 2^-32"),
-    Explained("quantize|update|check", "", r"if .(lane|threadIdx.x % kLanes) == 0",
-              "every lane of the warp holds the same value"),
-    Explained("", "", r"dropout_format.h.*h >> 15",
-              "bits of the mixer that p = 0.5 does not look at"),
-    Explained("", "immediate", r"\b(2|4|8|16) \+ 1 in `mov.u32.*(shfl_xor|\| $)",
-              "xor by 17, 8, 4, 2 and 1 still reaches every lane; so do the others"),
-    Explained("", "comparison", r"ge -> gt .*j \+ i < p[.]J",
-              "an end of a row that another element of the run meets: i is constant here"),
-    Explained("few_rows_fma", "", r"count == kRun && reinterpret_cast",
-              "both ways to load a run give the same values"),
-    Explained("few_rows_fma", "swap", r"shl.b64 .*, 1`.*<__half",
-              "the address of a float16 output, which this instance has not"),
-    Explained("few_rows", "immediate", r"64 \+ 1 in `add.s64.*(int64_t first|int64_t k) =",
-              "compared with K, a multiple of 64; or the scale of the same block"),
-    Explained("sum", "",
-              r"(1 \+ 1 in `(setp.lt|max)|lt -> le|0 \+ 1 in `setp.eq).*split < p.splits",
-              "a sum of partials has at least two, and takes the short loop for what is left"),
-    Explained("check_gradients", "immediate", r"`selp.*return [{]0x7F",
-              "a bit of the mantissa, from which no finite element carries into the tested bit"),
-    Explained("check_gradients", "",
-              r"const bool whole|mov.u32 %r\d+, 0`.*exponent_test|begin < end",
-              "the look at a whole piece only decides whether its elements are looked at"),
-    Explained("check_gradients", "comparison", r"lt -> le .*piece < end",
-              "a piece looked at twice"),
-    Explained("check_gradients|update", "", r"high - low > 1|int middle",
-              "the walk that follows the search finds the tensor from any earlier one"),
-)
-# fmt: on
-
 
 # --- cases: those of the tests --------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import cuda_api as api
+import explained
 import mutate
 
 GENERATIONS = (80, 86, 89, 90, 100, 120)
@@ -21,15 +22,12 @@ GENERATIONS = (80, 86, 89, 90, 100, 120)
 REGISTERS = {"any_shape": 128, "few_rows": 128, "few_rows_fma": 128, "fp32": 128, "skinny": 168}
 MOST_REGISTERS = 255  # the hardware's, with nothing spilled
 
-# What -fmad decides about.
-FLOATING_PRODUCT = re.compile(r"\b(mul|fma)(\.\w+)*\.f(32|64)\b")
-
 # --- machine code ---------------------------------------------------------------------------------
 
 
 def assembler_report(built: api.Built) -> str:
     """What ptxas says of every kernel of a file, for all generations; kept beside its PTX."""
-    flags = api.FLAGS + api.FILE_FLAGS.get(built.source.parent.name, [])
+    flags = api.FLAGS + api.FILE_FLAGS.get(built.source.name, [])
     codes = [f"-gencode=arch=compute_{g},code=sm_{g}" for g in GENERATIONS]
     wanted = [*flags, *codes, "-Xptxas=-v"]
     key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:12]
@@ -96,8 +94,7 @@ def test_sources_are_tested_as_they_are_built(built):
         words = commands[each.source].split()
         assert "-O3" in words and "-std=c++17" in words, each.source
         contracts = [word for word in words if word.startswith("-fmad")]
-        if FLOATING_PRODUCT.search(each.ptx["compute_80"].read_text()):
-            assert contracts == api.FILE_FLAGS.get(each.source.parent.name, []), each.source
+        assert contracts == api.FILE_FLAGS.get(each.source.name, []), each.source
 
 
 # --- planted faults -------------------------------------------------------------------------------
@@ -120,7 +117,7 @@ def test_survivors_are_told_from_explained_ones(monkeypatch):
     assert result.passed
     result.survivors.append(("drop", "dropped `bar.sync 0`"))
     assert not result.passed and "survived (drop): dropped" in mutate.table([result])
-    row = mutate.Explained("^one$", "drop", r"bar\.sync 0.*read", "a single step")
+    row = explained.Explained("^one$", "drop", r"bar\.sync 0.*read", "a single step")
     monkeypatch.setattr(mutate, "EXPLAINED", (row,))
     assert mutate.explanation("one", "drop", "`bar.sync 0` | has been read") == "a single step"
     assert mutate.explanation("two", "drop", "`bar.sync 0` | has been read") == ""
