@@ -11,6 +11,9 @@ namespace {
 #include "nf4/nf4_decode.inc"
 
 constexpr int kTileRows = 6, kTileVecs = 4;
+constexpr int side_by_side(int rows) {
+  return rows <= 2 ? 4 : 2;
+}
 #include "lora_linear/lora_linear_fp32_units.inc"
 #include "lora_linear/lora_linear_panels.inc"
 #include "lora_linear/lora_linear_few_rows.inc"

@@ -13,6 +13,9 @@ namespace {
 
 constexpr bool kPairs = true;
 constexpr int kTileRows = 6, kTileVecs = 4;
+constexpr int side_by_side(int rows) {
+  return rows <= 2 ? 4 : 2;
+}
 
 inline Vec dot(Vec sum, uint32_t unit, Vec panel) {
   return _mm512_dpbf16_ps(sum,
@@ -126,10 +129,6 @@ void pack_weight_rows(const PanelSource& source, int64_t row, int lanes, int64_t
   }
 }
 
-// Rows lie pages apart, where no hardware prefetcher follows: their codes are brought to L2 (rows a
-// power of two apart share too few sets of L1) this many rows early.
-constexpr int64_t kRowsAhead = 64;
-
 // Lanes are the 64 columns of one segment: two rows share a table, row n in its words 0-15 and row
 // n + 1 in 16-31, so a lookup yields woven pairs with no transpose.
 void pack_weight_columns(const PanelSource& source, int64_t row, int64_t count, int64_t column,
@@ -144,9 +143,8 @@ void pack_weight_columns(const PanelSource& source, int64_t row, int64_t count, 
   uint32_t* target = static_cast<uint32_t*>(panel);
   for (int64_t r = row; r < row + count; r += 2, target += kGroupLanes) {
     const int64_t even = r * K + column, odd = even + K;
-    const uint8_t* ahead = bits.packed + (even + kRowsAhead * K) / 2;
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(ahead + K / 2), _MM_HINT_T1);
+    fetch_row(source, r + kRowsAhead, column);
+    fetch_row(source, r + kRowsAhead + 1, column);
     const float scale_even = nf4_block_scale(bits, even >> bits.block_shift);
     const float scale_odd = nf4_block_scale(bits, odd >> bits.block_shift);
     const Bits table = reinterpret_cast<Bits>(
