@@ -61,12 +61,15 @@ def compare_linear(options) -> list[dict]:
 def main(arguments: list[str] | None = None) -> None:
     command = timing.parser(__doc__)
     command.add_argument("--full", action="store_true", help="every shape and dtype: long")
-    command.add_argument("--only", type=timing.names, default=list(PARTS), help=", ".join(PARTS))
+    command.add_argument(
+        "--only", type=timing.names(PARTS), default=list(PARTS), metavar="PART,PART"
+    )
     command.add_argument("--shape", action="append", choices=list(timing.named_shapes()))
     command.add_argument("--rows", type=timing.numbers, metavar="M,M")
-    command.add_argument("--dtypes", type=timing.names, metavar="DTYPE,DTYPE")
+    command.add_argument("--dtypes", type=timing.dtypes, metavar="DTYPE,DTYPE")
     command.add_argument("--rank", type=int, default=16)
-    command.add_argument("--peers", type=timing.names, default=list(peers.LINEAR), metavar="P,P")
+    some_peers = timing.names(peers.LINEAR)
+    command.add_argument("--peers", type=some_peers, default=list(peers.LINEAR), metavar="P,P")
     command.add_argument("--seconds", type=float, default=0.3, help="time a call, at least")
     options = command.parse_args(arguments)
     chosen = FULL if options.full else SHORT

@@ -64,12 +64,14 @@ def write(table: list[dict], folder) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     command = timing.parser(__doc__)
-    command.add_argument("--isa", type=timing.names, default=list(CAPS), metavar="ISA,ISA")
+    command.add_argument("--isa", type=timing.names(CAPS), default=list(CAPS), metavar="ISA,ISA")
     command.add_argument("--shape", default="llama-2-7b.q_proj", help="a name from shapes.csv")
     command.add_argument("--rows", type=timing.numbers, default=[1, 16, 128, 512], metavar="M,M")
-    command.add_argument("--dtypes", type=timing.names, default=["bfloat16", "float32"])
+    command.add_argument("--dtypes", type=timing.dtypes, default=["bfloat16", "float32"])
     command.add_argument("--seconds", type=float, default=0.3, help="time a call, at least")
-    command.add_argument("--cases", type=timing.names, default=list(CASES), help="of a child")
+    command.add_argument(
+        "--cases", type=timing.names(CASES), default=list(CASES), help="of a child"
+    )
     command.add_argument("--child", action="store_true", help="measure in this process")
     options = command.parse_args(arguments)
     if options.child:

@@ -121,9 +121,22 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def names(text: str) -> list[str]:
-    """An argument such as one,two."""
-    return text.split(",")
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """What reads an argument such as one,two of `known` names."""
+    known = list(known)
+
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(
+                f"expected some of {','.join(known)}, got {unknown[0]!r}"
+            )
+        return found
+
+    return parse
+
+
+dtypes = names(("bfloat16", "float32", "float16"))
 
 
 def print_birthplace() -> None:
