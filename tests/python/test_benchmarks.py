@@ -263,11 +263,20 @@ def test_generate_writes_csv(tmp_path):
         assert float(row["tokens/s"]) > 0 and float(row["logits error"]) < 0.05
 
 
-def test_an_unknown_model_is_one_line(capsys):
-    for module in (train_step, generate):
-        with pytest.raises(SystemExit):
-            module.main(["--model", "gpt"])
-        assert "--model: expected smollm2, tinyllama" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("module", "arguments", "sentence"),
+    [
+        (train_step, ["--model", "gpt"], "--model: expected some of smollm2,tinyllama"),
+        (generate, ["--model", "gpt"], "--model: expected some of smollm2,tinyllama"),
+        (compare, ["--peers", "lora"], "--peers: expected some of dense,"),
+        (compare, ["--dtypes", "int8"], "--dtypes: expected some of bfloat16,"),
+        (compare, ["--only", "format"], "--only: expected some of formats,"),
+    ],
+)
+def test_an_unknown_name_is_one_line(module, arguments, sentence, capsys):
+    with pytest.raises(SystemExit):
+        module.main(arguments)
+    assert sentence in capsys.readouterr().err
 
 
 def test_chart_draws_what_it_finds(tmp_path):
