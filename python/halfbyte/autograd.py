@@ -122,22 +122,29 @@ def lora_linear(
 
     `dropout` is a probability. `seed` (an int, an int64 [1] tensor, or None for a draw from torch's
     default generator) fixes its mask, which depends on nothing else but row and column.
+    Differentiable once, by autograd: not by `torch.func`, whose `vmap` takes it without gradients.
     Arithmetic: W in bfloat16 for bfloat16 x, in float32 otherwise; sums in float32. Raises
     ValueError on shapes and dtypes that do not fit. Source: Hu et al. 2021 (LoRA), Dettmers et al.
     2023 (QLoRA).
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in _FLOATS:
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if lora_a is None or dropout == 0.0:
         dropout, seed = 0.0, None
     elif seed is None:
         seed = new_seed(x.device)
     elif not isinstance(seed, torch.Tensor):
+        if not -_SEED_RANGE <= seed <= _SEED_RANGE:
+            raise ValueError(f"seed: expected -2**63 < seed < 2**63, got {seed}")
         seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    if not isinstance(weight, NF4Weight):
+        raise TypeError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
     if len(weight.shape) != 2:
         raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     out_features, in_features = weight.shape
-    if x.shape[-1] != in_features:
+    if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"x: expected a last dimension of {in_features} for a weight "
             f"[{out_features}, {in_features}], got {list(x.shape)}"

@@ -50,6 +50,28 @@ def entry_names(state: dict, prefix: str) -> list[str]:
     return [name for name in names if name in state]
 
 
+def empty_weight(
+    shape: torch.Size, dtype: torch.dtype, block_size: int, double_quant: bool, codebook: str
+) -> NF4Weight:
+    """A packed weight without data, on the meta device: a place to load one into."""
+    blocks = math.ceil(shape.numel() / block_size)
+
+    def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    nested = math.ceil(blocks / DOUBLE_QUANT_BLOCK)
+    return NF4Weight(
+        packed=empty(math.ceil(shape.numel() / 2), torch.uint8),
+        absmax=empty(blocks, torch.uint8 if double_quant else torch.float32),
+        shape=shape,
+        dtype=dtype,
+        block_size=block_size,
+        codebook=codebook,
+        nested_absmax=empty(nested, torch.float32) if double_quant else None,
+        offset=empty(1, torch.float32) if double_quant else None,
+    )
+
+
 def to_entries(weight: NF4Weight, prefix: str) -> dict[str, torch.Tensor]:
     """Checkpoint entries of `weight` under `prefix` ("layer.weight").
 
@@ -114,6 +136,8 @@ def from_entries(state: dict, prefix: str) -> NF4Weight:
             raise ValueError(
                 f"{key}: expected {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}"
             )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{key}: expected finite values, got an infinity or a NaN")
         return tensor.reshape(-1)
 
     offset = nested_absmax = nested_map = None
@@ -122,7 +146,9 @@ def from_entries(state: dict, prefix: str) -> NF4Weight:
         nested_map = _unless_equal(
             part("nested_quant_map", torch.float32, 256), standard_nested_map()
         )
-        offset = torch.tensor([header["nested_offset"]], device=nested_absmax.device)
+        offset = torch.tensor(
+            [header["nested_offset"]], dtype=torch.float32, device=nested_absmax.device
+        )
     return NF4Weight(
         packed=part("", torch.uint8, math.ceil(shape.numel() / 2)),
         absmax=part("absmax", torch.uint8 if double_quant else torch.float32, blocks),
@@ -160,7 +186,10 @@ def _parse_header(tensor: torch.Tensor, key: str) -> dict:
         problems.append(f"dtype {header.get('dtype')!r}")
     if header.get("nested_blocksize", DOUBLE_QUANT_BLOCK) != DOUBLE_QUANT_BLOCK:
         problems.append(f"nested_blocksize {header['nested_blocksize']!r}")
-    if "nested_blocksize" in header and not isinstance(header.get("nested_offset"), float | int):
+    offset = header.get("nested_offset")
+    if "nested_blocksize" in header and not (
+        isinstance(offset, float | int) and math.isfinite(offset)
+    ):
         problems.append(f"nested_offset {header.get('nested_offset')!r}")
     if problems:
         raise ValueError(f"{key}: cannot read {', '.join(problems)}")

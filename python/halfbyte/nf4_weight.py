@@ -12,10 +12,12 @@ With double quantization (QLoRA, section 3) the scales are stored as 8-bit codes
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
 import halfbyte.ops.nf4  # noqa: F401  (registers the operators)
+from halfbyte.ops.lora_linear import row_parts
 
 CODEBOOKS = ("nf4", "fp4", "int4")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,6 +101,13 @@ class NF4Weight:
         if dtype not in _FLOATS:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         return torch.ops.halfbyte.dequantize_4bit(*self.op_args(), list(self.shape), dtype)
+
+    def row_panels(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(slice of rows, those rows [n, K] dense in float32), of a few MB each; 2-D weights."""
+        n, k = self.shape
+        for rows, part in row_parts(self.op_args(), n, k, torch.float32.itemsize):
+            shape = [rows.stop - rows.start, k]
+            yield rows, torch.ops.halfbyte.dequantize_4bit(*part, shape, torch.float32)
 
     def __repr__(self) -> str:
         kind = f"{self.codebook}, block {self.block_size}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -31,24 +32,46 @@ def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(bits, requires_grad=False)
 
 
+def _accelerate_shards() -> bool:
+    """Whether accelerate will send rank 0's state dict into a model that it sharded on the meta
+    device (FSDP2 with cpu_ram_efficient_loading). It matches the two by Parameter names, and says
+    what it will do in the environment, where transformers looks too."""
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and all(os.environ.get(name, "").lower() in ("true", "1") for name in names)
+
+
 class NF4Linear(nn.Linear):
     """A linear layer whose weight lies in 4 bits and is frozen: y = x W^T + bias.
 
     x [..., K] float32, bfloat16 or float16; y [..., N] in x's dtype (under autocast: autocast's).
     Parameters: `weight` uint8 [ceil(N K / 2), 1]; `absmax` uint8 or int32; `nested_absmax`,
     `nested_offset` int32; `quant_map`, `nested_quant_map` int32 or None (the standard tables);
-    `bias`. The state dict is in bitsandbytes' layout (see `halfbyte.checkpoint`). Make one with
-    `from_linear` or from an `NF4Weight`.
+    `bias`. The state dict is in bitsandbytes' layout (see `halfbyte.checkpoint`); once the
+    Parameters are sharded, and while accelerate's FSDP loads, it holds them under their own names.
+    Both load. Make one with `from_linear` or from an `NF4Weight`.
+
+    `compute_dtype`: None computes in x's dtype (or autocast's); a dtype casts x to it and y back.
     """
 
-    def __init__(self, weight: NF4Weight, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: NF4Weight,
+        bias: torch.Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)
+        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"compute_dtype: expected float32, bfloat16, float16 or None, got {compute_dtype}"
+            )
         if len(weight.shape) != 2:
             raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
         self.out_features, self.in_features = weight.shape
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias: expected shape [{self.out_features}], got {list(bias.shape)}")
         self._set_weight(weight)
+        self.compute_dtype = compute_dtype
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     def _set_weight(self, weight: NF4Weight) -> None:
@@ -90,6 +113,11 @@ class NF4Linear(nn.Linear):
             nested_map=self.nested_quant_map,
         )
 
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The packed bytes. Where this attribute is, PEFT calls `dequantize()` for the weight."""
+        return self.weight
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight [N, K], in `dtype` or in the dtype it was quantized from."""
         return self.nf4_weight.dequantize(dtype)
@@ -115,20 +143,45 @@ class NF4Linear(nn.Linear):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return lora_linear(x, self.nf4_weight, None, None, 1.0, self.bias)
+        return self.lora_forward(x, None, None)
+
+    def lora_forward(
+        self,
+        x: torch.Tensor,
+        lora_a: torch.Tensor | None,
+        lora_b: torch.Tensor | None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """`halfbyte.lora_linear` on this layer's weight and bias, in its `compute_dtype`."""
+        dtype = self.compute_dtype
+        inner = x if dtype is None else x.to(dtype)
+        y = lora_linear(inner, self.nf4_weight, lora_a, lora_b, scaling, self.bias, dropout)
+        return y if dtype is None else y.to(x.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        weight = self.nf4_weight
-        if weight.packed.is_meta:
-            raise RuntimeError(f"{prefix}weight: expected data, got a tensor on the meta device")
-        entries = checkpoint.to_entries(weight, prefix + "weight")
-        destination.update(entries if keep_vars else {k: t.detach() for k, t in entries.items()})
+        if hasattr(self.weight, "placements") or _accelerate_shards():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        if self.weight.is_meta:  # no statistics to write yet: what a dense layer would list
+            destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        else:
+            entries = checkpoint.to_entries(self.nf4_weight, prefix + "weight")
+            destination.update(
+                entries if keep_vars else {k: t.detach() for k, t in entries.items()}
+            )
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        if prefix + "absmax" in state_dict:  # the Parameters under their own names
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict,
+                missing_keys, unexpected_keys, error_msgs,
+            )  # fmt: skip
+            return
         names = checkpoint.entry_names(state_dict, prefix + "weight")
         if names:
             self._load_weight(state_dict, prefix + "weight", local_metadata, error_msgs)
@@ -216,6 +269,8 @@ class LoraLinear(nn.Module):
             raise ValueError(f"r: expected a rank of 1 to 512, got {r}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected 0 <= p < 1, got {dropout}")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha: expected a finite number, got {alpha}")
         self.base = base
         self.r = r
         self.alpha = float(r if alpha is None else alpha)
@@ -237,10 +292,15 @@ class LoraLinear(nn.Module):
         double_quant: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> LoraLinear:
-        """An adapter on `linear`, quantized first unless it already is an `NF4Linear`."""
+        """An adapter on `linear`, quantized first unless it already is an `NF4Linear`.
+
+        A dense `linear` is left as it is: the adapter freezes a copy of its bias.
+        """
         base = linear
         if not isinstance(linear, NF4Linear):
             base = NF4Linear.from_linear(linear, block_size, double_quant)
+            if base.bias is not None:
+                base.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
         return cls(base, r, alpha, dropout, dtype).train(linear.training)
 
     @property
@@ -256,15 +316,8 @@ class LoraLinear(nn.Module):
         return self.alpha / self.r
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return lora_linear(
-            x,
-            self.base.nf4_weight,
-            self.lora_a,
-            self.lora_b,
-            self.scaling,
-            self.base.bias,
-            self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        return self.base.lora_forward(x, self.lora_a, self.lora_b, self.scaling, dropout)
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A dense layer with W + (alpha / r) B A, summed in float32."""
@@ -290,9 +343,13 @@ def quantize_(
 
     Layer by layer: each dense weight is freed once its packed form is there. Left dense: layers
     whose name, or last part of it, is in `skip_modules`, the model's output head
-    (`get_output_embeddings`), and weights tied to another module. `progress(done, total, name)` is
-    called after each layer. Raises ValueError, naming the layer, on a weight that cannot be
-    quantized; layers done by then stay quantized.
+    (`get_output_embeddings`), and weights tied to another module. Hooks move to the packed layer;
+    an `nn.TransformerEncoderLayer` takes torch's slow path, as the fast one reads dense weights.
+    `progress(done, total, name)` is called after each layer.
+
+    Raises ValueError for a name in `skip_modules` that fits no module ("lm_head", the usual head,
+    may be absent), for a layer whose `forward` was replaced, and, naming the layer, on a weight
+    that cannot be quantized; layers done by then stay quantized.
     """
     if isinstance(skip_modules, str):
         raise TypeError(f"skip_modules: expected names in a list, got the string {skip_modules!r}")
@@ -301,20 +358,54 @@ def quantize_(
             "model: expected a module that holds linear layers, got a linear layer; "
             "use NF4Linear.from_linear"
         )
-    targets = _linear_layers(model, set(skip_modules))
+    skip = set(skip_modules)
+    _check_names(model, skip - {"lm_head"})
+    targets = _linear_layers(model, skip)
+    _leave_fast_path(model, {id(parent) for places in targets.values() for parent, _ in places})
     for done, (name, places) in enumerate(targets.items(), 1):
-        parent, attribute = places[0]
+        linear = getattr(*places[0])
         try:
-            packed = NF4Linear.from_linear(
-                getattr(parent, attribute), block_size, double_quant, codebook
-            )
+            packed = NF4Linear.from_linear(linear, block_size, double_quant, codebook)
+            _move_hooks(linear, packed)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        del linear
         for parent, attribute in places:
             setattr(parent, attribute, packed)
         if progress is not None:
             progress(done, len(targets), name)
     return model
+
+
+def _check_names(model: nn.Module, names: set[str]) -> None:
+    known: set[str] = set()
+    for name, _ in model.named_modules(remove_duplicate=False):
+        known |= {name, name.rpartition(".")[2]}
+    if unknown := sorted(names - known):
+        raise ValueError(
+            f"skip_modules: expected names of modules of {type(model).__name__}, got "
+            f"{', '.join(map(repr, unknown))}, which fits none"
+        )
+
+
+def _leave_fast_path(model: nn.Module, parents: set[int]) -> None:
+    """Sets torch's own switches to the slow path of its encoder layers, which calls the layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and id(module) in parents:
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            if any(id(part) in parents for part in module.modules()):
+                module.use_nested_tensor = False
+
+
+def _move_hooks(linear: nn.Linear, packed: NF4Linear) -> None:
+    """The hooks of `linear`, the dictionaries themselves: handles of their owners stay valid."""
+    if "forward" in vars(linear):
+        raise ValueError(
+            "forward: expected nn.Linear's own, got one set on the layer (as accelerate's hooks "
+            "do); quantize before it is set"
+        )
+    vars(packed).update({name: value for name, value in vars(linear).items() if "_hook" in name})
 
 
 def _linear_layers(model: nn.Module, skip: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from halfbyte.ops import adamw8
+from halfbyte.ops import adamw8_shards as shards
 from halfbyte.paging import PagedMemory
 
 __all__ = [
@@ -134,6 +136,9 @@ class _AdamW(Optimizer):
         device steps, which waits for the devices. A step on CUDA can be captured in a CUDA graph
         once one has run, unless the state is paged; a replay keeps the hyperparameters of the
         capture.
+
+        Of sharded parameters (DTensors) each process steps its own part, once all have agreed that
+        every gradient is finite: then all of them step or none, and that waits for the device.
         """
         loss = None
         if closure is not None:
@@ -141,11 +146,14 @@ class _AdamW(Optimizer):
                 loss = closure()
         if self._unread and not torch.cuda.is_current_stream_capturing():
             self._read_verdicts()
-        params, grads, groups = self._with_gradients()
-        if not params:
+        owners, grads, groups = self._with_gradients()
+        if not owners:
             return loss
-        parts = self._parts_for(params, grads, groups)
+        params, grads = shards.locals_of(owners), shards.locals_of(grads)
+        parts = self._parts_for(owners, params, grads, groups)
         scalars = [_scalars(group) for group in self.param_groups]
+        if params is not owners and self._bad_in_a_shard(owners, params, grads):
+            return loss
         if len(parts) == 1:
             row, index = self._run(parts[0][0], params, grads, scalars)
         else:
@@ -157,6 +165,20 @@ class _AdamW(Optimizer):
         else:
             raise NonFiniteGradient(self._nonfinite_message(params[row], grads[row], index))
         return loss
+
+    def _bad_in_a_shard(self, owners, params, grads) -> bool:
+        """Whether some process's shard of a gradient is not finite: then none of them steps."""
+        row, index = adamw8.first_nonfinite(grads)
+        if not shards.anyone(row >= 0, owners):
+            return False
+        if self.on_nonfinite == "skip":
+            self.skipped_steps += 1
+            return True
+        if row >= 0:
+            raise NonFiniteGradient(self._nonfinite_message(params[row], grads[row], index))
+        raise NonFiniteGradient(
+            "a gradient is not finite in another process's shard; nothing was changed"
+        )
 
     def _with_gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
         params, grads, groups = [], [], []
@@ -193,9 +215,12 @@ class _AdamW(Optimizer):
             if problem:
                 raise ValueError(f"{self._name_of(param)}: {problem}")
 
-    def _parts_for(self, params, grads, groups) -> list[_Part]:
-        """A table a device: those of the last step where they still hold, otherwise new ones."""
-        states = [self.state[param] for param in params]
+    def _parts_for(self, owners, params, grads, groups) -> list[_Part]:
+        """A table a device: those of the last step where they still hold, otherwise new ones.
+
+        `owners` are the optimizer's parameters, `params` what of them lies in this process.
+        """
+        states = [self.state[owner] for owner in owners]
         if self._hold(params, states, groups):
             return self._parts
         self._check_tensors(params, grads)
@@ -203,9 +228,9 @@ class _AdamW(Optimizer):
         parts = []
         for device, rows in by_device.items():
             chosen = _pick(params, rows), _pick(states, rows), _pick(groups, rows)
-            self._create(*chosen, device)
+            self._create(_pick(owners, rows), *chosen[1:], device)
             encodings = [self._checked_encoding(*each) for each in zip(*chosen, strict=True)]
-            self._place(chosen[0])
+            self._place(_pick(owners, rows))
             table = adamw8.StepTable(*chosen, encodings, self._memory)
             parts.append((table, rows if len(by_device) > 1 else None))
         self._parts = parts
@@ -219,13 +244,10 @@ class _AdamW(Optimizer):
             for table, rows in self._parts
         )
 
-    def _create(self, params, states, groups, device: torch.device) -> None:
+    def _create(self, owners, states, groups, device: torch.device) -> None:
         """State for those that have none."""
         missing = [i for i, state in enumerate(states) if not state]
-        layouts = [
-            adamw8.state_layout(params[i].shape, _encoding(params[i], self.param_groups[groups[i]]))
-            for i in missing
-        ]
+        layouts = [_layout(owners[i], self.param_groups[groups[i]]) for i in missing]
         for i, fresh in zip(missing, self._allocate(layouts, device), strict=True):
             adamw8.clear(fresh)
             states[i].update(fresh)
@@ -264,10 +286,31 @@ class _AdamW(Optimizer):
                 value.copy_(source[name])
         return copies
 
+    def _received(self, params, states) -> list[dict[str, torch.Tensor]]:
+        """`_copies` of `states` for `params`: over state of the same layout that is there already,
+        so that loading takes no second room."""
+        homes = [self.state.get(param, {}) for param in params]
+        own = {_memory_of(value) for home in homes for value in home.values()} - {None}
+        holds = adamw8.holds if self._memory is None else self._memory.holds
+
+        def fits(param, home, state) -> bool:
+            alone = own.isdisjoint(map(_memory_of, state.values()))
+            return alone and _same_layout(home, state) and holds(home, param.device)
+
+        kept = [fits(*each) for each in zip(params, homes, states, strict=True)]
+        for device, rows in _by_device(params).items():
+            rows = [row for row in rows if not kept[row]]
+            for row, fresh in zip(rows, self._copies(_pick(states, rows), device), strict=True):
+                homes[row] = fresh
+        for home, state in compress(zip(homes, states, strict=True), kept):
+            for name, value in home.items():
+                value.copy_(state[name])
+        return homes
+
     def _name_of(self, param: torch.Tensor) -> str:
         for i, group in enumerate(self.param_groups):
             for j, member in enumerate(group["params"]):
-                if member is param:
+                if shards.local(member) is param:
                     return _describe(group, i, j)
         return "a parameter that left the optimizer"
 
@@ -298,6 +341,10 @@ class _AdamW(Optimizer):
     def _finish(self) -> None:
         """What was enqueued is done and known; paged state can be read."""
         self._read_verdicts()
+        self._settle()
+
+    def _settle(self) -> None:
+        """No device is at work on paged state."""
         if self._memory is not None:
             for table, _ in self._parts:
                 if table.verdict is not None:
@@ -308,15 +355,17 @@ class _AdamW(Optimizer):
 
         Waits for the last step on CUDA, and raises or counts what it found; where the state is
         paged, for the device. Paged tensors can be saved and loaded like any: they keep their arena
-        alive, and load into optimizers that are not paged too.
+        alive, and load into optimizers that are not paged too. The state of sharded parameters is
+        sharded with them (DTensors, as torch.distributed.checkpoint takes them).
         """
         self._finish()
-        return super().state_dict()
+        return shards.whole_state_dict(super().state_dict(), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit for bit: codes stay uint8 and scales fp32 whatever
-        the parameters' dtype, straight into paged memory where this optimizer is paged. One that
-        does not fit raises before anything changes."""
+        the parameters' dtype, straight into paged memory where this optimizer is paged, over the
+        state that is there already if it has the same layout. One that does not fit, or whose
+        scales are not finite, raises before anything changes."""
         # A pre-hook of our own, after the user's, shields the state from torch's casts.
         handle = self.register_load_state_dict_pre_hook(_AdamW._checked_state_dict)
         try:
@@ -338,15 +387,17 @@ class _AdamW(Optimizer):
             self._check_saved_group(saved, group, i)
             for j, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 if key in kept:
-                    layout = adamw8.state_layout(param.shape, _encoding(param, saved))
-                    states.append(_checked_state(kept[key], layout, _describe(group, i, j)))
+                    name, layout = _describe(group, i, j), _layout(param, saved)
+                    _check_shards(param, saved, layout, name)
+                    own = shards.part(kept[key], layout)
+                    states.append(_checked_state(own, layout, name))
                     keys.append(key)
                     params.append(param)
-        loaded = dict(kept)
-        for device, rows in _by_device(params).items():
-            copies = self._copies(_pick(states, rows), device)
-            loaded.update(zip(_pick(keys, rows), map(_Kept, copies), strict=True))
-        return {**state_dict, "state": loaded}
+        self._settle()
+        copies = map(_Kept, self._received(params, states))
+        loaded = {**kept, **dict(zip(keys, copies, strict=True))}
+        groups = [{k: v for k, v in saved.items() if k != "shards"} for saved in saved_groups]
+        return {**state_dict, "state": loaded, "param_groups": groups}
 
     def _check_saved_group(self, saved: dict[str, Any], group: dict[str, Any], index: int) -> None:
         for name in ("lr", "betas", "eps", "weight_decay", "maximize", "state", "min_8bit_size"):
@@ -428,12 +479,40 @@ def _by_device(params: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]:
     return rows
 
 
+def _memory_of(value: Any) -> int | None:
+    """Where a tensor's storage begins; None without one."""
+    filled = isinstance(value, torch.Tensor) and value.numel() > 0
+    return value.untyped_storage().data_ptr() if filled else None
+
+
+def _same_layout(home: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> bool:
+    return home.keys() == state.keys() and all(
+        isinstance(home[name], torch.Tensor)
+        and home[name].dtype == value.dtype
+        and home[name].shape == value.shape
+        for name, value in state.items()
+    )
+
+
 def _coordinates(index: int, shape: torch.Size) -> list[int]:
     return [int(i) for i in torch.unravel_index(torch.tensor(index), shape)]
 
 
-def _encoding(param: torch.Tensor, options: dict[str, Any]) -> str:
-    return options["state"] if param.numel() >= options["min_8bit_size"] else "float32"
+def _layout(param: torch.Tensor, options: dict[str, Any]) -> adamw8.Layout:
+    """Of the state of `param`, or of its shard: all shards are coded alike, however small."""
+    encoding = options["state"] if param.numel() >= options["min_8bit_size"] else "float32"
+    return adamw8.state_layout(shards.local(param).shape, encoding)
+
+
+def _check_shards(param, saved_group: dict[str, Any], layout: adamw8.Layout, name: str) -> None:
+    """8-bit state has its blocks where the shards were cut."""
+    expected, got = shards.count(param), saved_group.get("shards", 1)
+    if "exp_avg_absmax" in layout and expected != got:
+        raise ValueError(
+            f"load_state_dict: {name}: expected 8-bit state in {expected} shards, got {got}: its "
+            "blocks belong to the shards they were made for; start the optimizer anew, or load "
+            "it with as many processes"
+        )
 
 
 def _scalars(group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
@@ -477,7 +556,7 @@ def _checked_state(saved, layout: adamw8.Layout, name: str) -> dict[str, torch.T
     problem = adamw8.state_problem(saved, layout)
     if not problem and saved.keys() != layout.keys():
         problem = f"expected {sorted(layout)}, got {sorted(saved)}"
-    problem = problem or adamw8.step_problem(saved["step"])
+    problem = problem or adamw8.step_problem(saved["step"]) or adamw8.scale_problem(saved)
     if problem:
         raise ValueError(f"load_state_dict: {name}: {problem}")
     return saved

@@ -263,8 +263,8 @@ def test_a_meta_module_is_filled_by_a_load(assign):
     layer = own_tables(layer_of())
     empty = copy.deepcopy(layer).to("meta")
     assert empty.weight.is_meta and empty.bias.is_meta
-    with pytest.raises(RuntimeError, match="weight: expected data, got a tensor on the meta"):
-        empty.state_dict()
+    assert list(empty.state_dict()) == ["weight", "bias"]
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
     empty.load_state_dict(layer.state_dict(), assign=assign)
     assert not any(p.is_meta for p in empty.parameters())
     x = torch.randn(3, K)
@@ -660,3 +660,81 @@ def test_a_quantized_model_saves_and_loads():
     fresh.eval().load_state_dict(state)
     assert same_bits(fresh(tokens), y)
     assert same_state(fresh.state_dict(), state)
+
+
+def test_hooks_move_to_the_packed_layer():
+    model, calls = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), []
+    handles = [
+        model[0].register_forward_hook(lambda *args: calls.append("after")),
+        model[0].register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append("before"), with_kwargs=True
+        ),
+        model[0].register_full_backward_hook(lambda *args: calls.append("backward")),
+    ]
+    halfbyte.quantize_(model)
+    x = torch.randn(2, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert calls == ["before", "after", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert len(calls) == 3
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="0: forward: expected nn.Linear's own"):
+        halfbyte.quantize_(model)
+
+
+@pytest.mark.parametrize("names", [["down_prj"], ["lm_head", "blocks.2.q_proj", "score"]])
+def test_a_name_to_skip_that_fits_nothing_is_an_error(names):
+    model = Tiny()
+    wrong = next(name for name in names if name not in ("lm_head", "score"))
+    with pytest.raises(ValueError, match=f"skip_modules: .* of Tiny, got '{wrong}'"):
+        halfbyte.quantize_(model, skip_modules=names)
+    assert not packed_names(model)
+
+
+@pytest.mark.parametrize("stack", [False, True], ids=["layer", "encoder"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_transformer_encoder_layers_take_the_slow_path(activation, stack):
+    """torch's fast path hands the layer's weights, as dense ones, to a kernel of its own."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 24, activation=activation, batch_first=True)
+    if stack:
+        model = nn.TransformerEncoder(model, 2)
+    halfbyte.quantize_(model)
+    x = torch.randn(2, 5, 16)
+    model.eval()
+    with torch.no_grad():
+        y = model(x)
+    with torch.enable_grad():  # a graph is wanted: the slow path in any case
+        want = model(x.clone().requires_grad_())
+    assert relative_error(y, want.detach()) <= 1e-5
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    with torch.no_grad():
+        assert model(x, src_key_padding_mask=mask).isfinite().all()
+
+
+def test_an_adapter_leaves_the_dense_layer_s_bias_alone():
+    linear = nn.Linear(K, N)
+    lora = LoraLinear.from_linear(linear, 4)
+    assert linear.bias.requires_grad and not lora.base.bias.requires_grad
+    assert torch.equal(lora.base.bias, linear.bias) and lora.base.bias is not linear.bias
+    assert LoraLinear.from_linear(nn.Linear(K, N, bias=False), 4).base.bias is None
+
+
+def test_compute_dtype_casts_there_and_back():
+    plain = layer_of()
+    layer = NF4Linear(plain.nf4_weight, plain.bias, compute_dtype=torch.bfloat16)
+    x = torch.randn(3, K)
+    assert same_bits(layer(x), plain(x.bfloat16()).float())
+    lora, other = LoraLinear(layer, 3).eval(), LoraLinear(plain, 3).eval()
+    other.load_state_dict(lora.state_dict())
+    assert same_bits(lora(x), other(x.bfloat16()).float())
+    for wrong in (torch.float64, torch.int8, "bfloat16"):
+        with pytest.raises(ValueError, match=f"compute_dtype: .* got {wrong}"):
+            NF4Linear(plain.nf4_weight, compute_dtype=wrong)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from halfbyte.ops import adamw8
-from halfbyte.optim import AdamW8bit, AdamW32bit
+from halfbyte.optim import AdamW8bit, AdamW32bit, PagedAdamW8bit, PagedAdamW32bit
 from optim_cases import DTYPES, assert_same_state, parameters, set_gradients, train
 
 
@@ -136,6 +136,7 @@ def damaged(change):
         (lambda s: s["state"][0].update(exp_avg=torch.zeros(9000)), "uint8"),
         (lambda s: s["state"][0].update(exp_avg_absmax=torch.zeros(35)), "exp_avg_absmax"),
         (lambda s: s["state"][0].pop("exp_avg_sq_absmax"), "exp_avg_sq_absmax"),
+        (lambda s: s["state"][0]["exp_avg_sq_absmax"].fill_(float("nan")), "finite scales"),
         (lambda s: s["state"][1].update(exp_avg_absmax=torch.zeros(1)), "parameter 1"),
         (lambda s: s["param_groups"][0].update(state="moments"), "ratio"),
         (lambda s: s["param_groups"][0].update(block_size=128), "block_size"),
@@ -408,3 +409,95 @@ def test_first_nonfinite_of_any_gradients():
     assert adamw8.first_nonfinite(grads) == (2, 6)
     largest = torch.finfo(torch.float32).max
     assert adamw8.first_nonfinite([torch.tensor([largest, -largest])]) == adamw8.FINITE
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, AdamW32bit, PagedAdamW8bit, PagedAdamW32bit])
+def test_loading_over_state_takes_no_second_room(kind, monkeypatch):
+    params = parameters(9000, (60, 80), 50)
+    other = kind(params)
+    train(other, params, 2)
+    saved = copy.deepcopy(other.state_dict())
+    optimizer = kind(params)
+    train(optimizer, params, 3)
+    homes = {p: {n: t.data_ptr() for n, t in optimizer.state[p].items()} for p in params}
+    rooms = []
+    allocate = optimizer._allocate
+    monkeypatch.setattr(
+        optimizer,
+        "_allocate",
+        lambda layouts, device: rooms.append(layouts) or allocate(layouts, device),
+    )
+    optimizer.load_state_dict(saved)
+    assert rooms == [[]]
+    assert_same_state(optimizer.state_dict()["state"], saved["state"])
+    assert homes == {p: {n: t.data_ptr() for n, t in optimizer.state[p].items()} for p in params}
+    train(optimizer, params, 1)
+    assert saved["state"][0]["step"] == 2
+
+
+def test_loading_an_optimizers_own_state_in_another_order():
+    """Sources that are destinations too: no row may be read after it was overwritten."""
+    params = parameters(9000, 9000)
+    optimizer = AdamW8bit(params)
+    train(optimizer, params, 1)
+    state_dict = optimizer.state_dict()
+    swapped = {**state_dict, "state": {0: state_dict["state"][1], 1: state_dict["state"][0]}}
+    expected = copy.deepcopy(swapped["state"])
+    optimizer.load_state_dict(swapped)
+    assert_same_state(optimizer.state_dict()["state"], expected)
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, AdamW32bit])
+def test_a_learning_rate_may_be_a_tensor(kind):
+    params, same = parameters(9000, 40), parameters(9000, 40)
+    optimizer, other = kind(params, lr=torch.tensor(1e-2)), kind(same, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    its = torch.optim.lr_scheduler.ExponentialLR(other, 0.5)
+    for t in range(3):
+        for each, tensors, scheduler in ((optimizer, params, schedule), (other, same, its)):
+            train(each, tensors, 1, first=t)
+            scheduler.step()
+    for a, b in zip(params, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # lr was rounded to float32
+    again = kind(params, lr=1.0)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again.param_groups[0]["lr"] == pytest.approx(1.25e-3)
+
+
+@pytest.mark.parametrize("option", ["foreach", "fused", "amsgrad", "capturable"])
+def test_options_of_torch_that_choose_an_implementation_are_refused_by_name(option):
+    with pytest.raises(TypeError, match=option):
+        AdamW8bit(parameters(10), **{option: True})
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none):
+    params = parameters(9000)
+    optimizer = AdamW8bit(params, weight_decay=0.0)
+    set_gradients(params, 0)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[0], before)
+    assert (params[0] in optimizer.state) is not set_to_none
+
+
+def test_groups_added_later_are_resumed_with_their_options():
+    def build(params):
+        optimizer = AdamW8bit(params[:1], lr=1e-2)
+        optimizer.add_param_group({"params": params[1:], "lr": 1e-3, "state": "moments"})
+        return optimizer
+
+    params = parameters(9000, 5000)
+    optimizer = AdamW8bit(params[:1], lr=1e-2)
+    train(optimizer, params[:1], 2)
+    optimizer.add_param_group({"params": params[1:], "lr": 1e-3, "state": "moments"})
+    train(optimizer, params, 2, first=2)
+    assert [optimizer.state[p]["step"].item() for p in params] == [4, 2]
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    twin = build(twins)
+    twin.load_state_dict(optimizer.state_dict())
+    for each, tensors in ((optimizer, params), (twin, twins)):
+        train(each, tensors, 2, first=4)
+    for a, b in zip(params, twins, strict=True):
+        assert torch.equal(a, b)

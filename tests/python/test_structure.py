@@ -338,6 +338,8 @@ def test_every_variant_name_is_known_to_the_dispatcher():
 LADDER = ("_C", "_native", "ops", "autograd", "nn", "integrations", "finetune", "cli")
 # Modules beside the ladder: what they may know of halfbyte.
 BESIDE = {
+    "__main__": {"cli"},
+    "_plugins": {"nn", "integrations"},  # a hook that imports an integration when it is called for
     "reference": set(),
     "variants": {"_C", "_native"},
     "nf4_weight": {"_C", "_native", "ops"},
@@ -354,6 +356,8 @@ BESIDE = {
         "nf4_weight",
         "variants",
         "checkpoint",
+        "_plugins",
+        "integrations",  # when NF4Config is asked for
     },
 }
 # Which of those a rung may use, besides the rungs below it.
@@ -363,7 +367,7 @@ HELPERS = {
     "ops": set(),
     "autograd": {"nf4_weight"},
     "nn": {"nf4_weight", "checkpoint"},
-    "integrations": {"nf4_weight", "checkpoint", "optim", "variants", "__init__"},
+    "integrations": {"nf4_weight", "checkpoint", "optim", "variants", "__init__", "_plugins"},
     "finetune": {"nf4_weight", "checkpoint", "optim", "variants", "__init__"},
     "cli": {"nf4_weight", "checkpoint", "optim", "variants", "__init__"},
 }

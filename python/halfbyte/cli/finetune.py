@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import signal
 import types
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from halfbyte.cli.errors import plain_errors
+from halfbyte.finetune import processes
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.errors import FinetuneError
 
@@ -30,7 +32,8 @@ def command(
     config: Path | None = None, truncate: bool = False, skip_long: bool = False, **settings: Any
 ) -> None:
     """Fine-tune; the signature typer sees is `_signature()`, the help text `DOC`."""
-    with plain_errors():
+    stop_on_sigterm()
+    with plain_errors(), processes.one_voice():
         if truncate or skip_long:
             if truncate and skip_long:
                 raise FinetuneError("--truncate and --skip-long exclude each other")
@@ -44,13 +47,26 @@ def start(config: FinetuneConfig) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where installed
-    from halfbyte.finetune.report import ConsoleReport
+    from halfbyte.finetune.report import ConsoleReport, Report
 
-    report = ConsoleReport()
+    report = ConsoleReport() if processes.is_first() else Report()
     report.stage("importing transformers, PEFT and TRL")
     from halfbyte.finetune.run import finetune
 
     finetune(config, report)
+
+
+def stop_on_sigterm() -> None:
+    """In one of several processes: say why, when the launcher stops those that are left over."""
+    if processes.count() == 1:
+        return
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        typer.echo(f"error: process {processes.rank()}: {processes.LOST}", err=True)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def _signature() -> inspect.Signature:

@@ -8,6 +8,7 @@
     trainer.py  TRL's SFTTrainer with the language-model head run on completion tokens only
     sampler.py  batches of rows of similar length, in random order
     run.py      the whole run: load, quantize, evaluate, train, evaluate, write
+    processes.py  the same run in several processes
     metrics.py  metrics.jsonl; chart.py draws the loss curve from it
     report.py   what a person sees while it runs
     files.py    files written aside, fsynced, renamed

@@ -81,7 +81,7 @@ class FinetuneConfig:
     steps: int | None = _setting(
         None, "Optimizer steps; set, it takes the place of --epochs.", "Training", low=1
     )
-    batch: int = _setting(8, "Sequences a forward pass.", "Training", low=1)
+    batch: int = _setting(8, "Sequences a forward pass, in each process.", "Training", low=1)
     accumulation: int = _setting(1, "Forward passes an optimizer step.", "Training", low=1)
     seed: int = _setting(
         0, "Seed of LoRA's initial values, row order and dropout.", "Training", low=0

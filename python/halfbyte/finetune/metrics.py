@@ -5,10 +5,13 @@
     eval records   kind "eval": step, loss (nats a completion token), tokens, elapsed_s
 
 `loss` of a step is the mean over its completion tokens; `tokens` counts all tokens without
-padding. Lines go to `metrics.jsonl.part`, which becomes `metrics.jsonl` when the run is whole.
+padding. In a run of several processes all counts and means are over all of them, and
+`peak_rss_bytes` is the largest of theirs. Lines go to `metrics.jsonl.part`, which becomes
+`metrics.jsonl` when the run is whole.
 """
 
 import json
+import os
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -45,13 +48,16 @@ class EvalRecord:
 
 
 class MetricsLog:
-    """Appends records to `<path>.part`; `close()` fsyncs it and renames it to `path`."""
+    """Appends records to `<path>.part`; `close()` fsyncs it and renames it to `path`.
 
-    def __init__(self, path: Path) -> None:
+    path None: records are kept in memory alone (a process that does not write).
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.steps: list[StepRecord] = []
         self.evals: list[EvalRecord] = []
-        self._part = path.with_name(path.name + ".part")
+        self._part = path.with_name(path.name + ".part") if path else Path(os.devnull)
         self._file = self._part.open("w", encoding="utf-8")
 
     def write(self, record: StepRecord | EvalRecord) -> None:
@@ -63,7 +69,8 @@ class MetricsLog:
     def close(self) -> None:
         """Give the file its final name."""
         self._file.close()
-        publish(self._part, self.path)
+        if self.path is not None:
+            publish(self._part, self.path)
 
     def abandon(self) -> None:
         """Close the file and leave the part that was written, for a look at what went wrong."""

@@ -4,6 +4,9 @@ check    everything that can be wrong, before a weight is read (plan.py)
 load     the base in 16 or 32 bits, packed to 4 bits layer by layer; LoRA by PEFT
 train    held-out loss and a sample answer; TRL's loop with halfbyte's 8-bit AdamW; again
 write    adapter/ (PEFT's format), metrics.jsonl, loss.png, config.yaml, run.json (last)
+
+Under torchrun or `accelerate launch` every process runs all of this on its part of each batch, and
+process 0 alone reports and writes (processes.py).
 """
 
 import contextlib
@@ -29,6 +32,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import halfbyte
 from halfbyte.finetune import base as bases
+from halfbyte.finetune import processes
 from halfbyte.finetune.chart import draw_loss_curve
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.encode import (
@@ -38,7 +42,7 @@ from halfbyte.finetune.encode import (
 )
 from halfbyte.finetune.errors import FinetuneError
 from halfbyte.finetune.files import replace_file, replace_folder, write_json, write_text
-from halfbyte.finetune.metrics import EvalRecord, MetricsLog, peak_rss_bytes
+from halfbyte.finetune.metrics import EvalRecord, MetricsLog
 from halfbyte.finetune.plan import RESULT_FILES, Plan, check
 from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
 from halfbyte.finetune.trainer import CompletionTrainer, MetricsCallback
@@ -65,9 +69,9 @@ class RunResult:
 
 def finetune(config: FinetuneConfig, report: Report | None = None) -> RunResult:
     """Run `config`. Raises FinetuneError for whatever the user can put right."""
-    report = report or Report()
+    report = report if report is not None and processes.is_first() else Report()
     start = time.perf_counter()
-    with quiet_libraries():
+    with quiet_libraries(), processes.joined():
         plan = check(config, report)
         model = load(plan, report)
         return train(plan, model, report, start)
@@ -78,7 +82,8 @@ def load(plan: Plan, report: Report) -> PeftModel:
     config = plan.config
     if plan.base.folder is None:
         report.stage(f"dequantizing {plan.base.source.name} into the cache (once)")
-    base = bases.convert(plan.base)
+    with processes.first_before_others():
+        base = bases.convert(plan.base)
     report.stage("loading the base model and packing it to 4 bits")
     model = bases.load_model(base, plan.dtype)
     dense = _bytes_of(model)
@@ -115,8 +120,9 @@ def load(plan: Plan, report: Report) -> PeftModel:
 def train(plan: Plan, model: PeftModel, report: Report, start: float) -> RunResult:
     """Evaluate, train, evaluate, write. `start` is when the run began (perf_counter)."""
     config = plan.config
-    config.out.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(config.out / "metrics.jsonl")
+    if processes.is_first():
+        config.out.mkdir(parents=True, exist_ok=True)
+    log = MetricsLog(config.out / "metrics.jsonl" if processes.is_first() else None)
     with tempfile.TemporaryDirectory() as scratch:
         callback = MetricsCallback(log, report, config.eval_every)
         trainer = build_trainer(plan, model, callback, scratch)
@@ -145,9 +151,10 @@ def train(plan: Plan, model: PeftModel, report: Report, start: float) -> RunResu
     result = RunResult(
         plan.base.name, plan.base.origin, before, after, sample, len(log.steps),
         sum(record.tokens for record in log.steps), train_s, time.perf_counter() - start,
-        peak_rss_bytes(), {name: config.out / name for name in RESULT_FILES},
+        trainer.peak_rss_bytes(), {name: config.out / name for name in RESULT_FILES},
     )  # fmt: skip
-    _write(plan, model, log, result)
+    if processes.is_first():
+        _write(plan, model, log, result)
     report.finish(result)
     return result
 
@@ -173,6 +180,8 @@ def build_trainer(
         seed=config.seed,
         bf16=False,  # the model itself is in the compute type: no autocast, no copies
         use_cpu=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=1,
@@ -227,6 +236,7 @@ def _write(plan: Plan, model: PeftModel, log: MetricsLog, result: RunResult) -> 
             "held_out_before": dataclasses.asdict(result.before) if result.before else None,
             "held_out_after": dataclasses.asdict(result.after) if result.after else None,
             "sample": dataclasses.asdict(result.sample) if result.sample else None,
+            "processes": processes.count(),
             "steps": result.steps,
             "tokens": result.tokens,
             "train_s": result.train_s,
@@ -264,8 +274,8 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _answer(plan: Plan, model: PeftModel) -> str | None:
-    """Greedy answer to the sample prompt; None if none is asked for."""
-    if plan.config.sample_tokens == 0 or not plan.prompt:
+    """Process 0's greedy answer to the sample prompt; None if none is asked for."""
+    if plan.config.sample_tokens == 0 or not plan.prompt or not processes.is_first():
         return None
     text, special = render_prompt(
         plan.prompt, plan.tokenizer, chat_template=plan.config.chat_template

@@ -12,6 +12,7 @@ soft-capping, logit scales and auxiliary losses stay TRL's.
 """
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class CompletionTrainer(SFTTrainer):
         self._group_by_length = group_by_length
         super().__init__(*args, **kwargs)
         self._learned: torch.Tensor | None = None  # [B, T - 1]: position t predicts a label
-        self._completion_tokens = 0
+        self._counts = [0, 0]  # tokens, completion tokens
         self.model.get_base_model().base_model.register_forward_hook(self._keep_learned)
 
     def compute_loss(
@@ -66,13 +67,16 @@ class CompletionTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
-        return SimilarLengthSampler(lengths, self.args.train_batch_size, self.args.seed)
+        # A batch of similar length is what all processes take at once: each gets its own part.
+        batch = self.args.train_batch_size * self.accelerator.num_processes
+        return SimilarLengthSampler(lengths, batch, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward. Raises FinetuneError on a loss of inf or nan, before any update."""
         loss = super().training_step(*args, **kwargs)
-        labels = (kwargs["inputs"] if "inputs" in kwargs else args[1])["labels"]
-        self._completion_tokens += int((labels[:, 1:] != IGNORED).sum())
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        self._counts[0] += int(inputs["attention_mask"].sum())
+        self._counts[1] += int((inputs["labels"][:, 1:] != IGNORED).sum())
         if not torch.isfinite(loss):
             raise FinetuneError(
                 f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}; "
@@ -80,10 +84,15 @@ class CompletionTrainer(SFTTrainer):
             )
         return loss
 
-    def take_completion_tokens(self) -> int:
-        """Completion tokens trained on since the last call."""
-        count, self._completion_tokens = self._completion_tokens, 0
-        return count
+    def take_counts(self) -> tuple[int, int]:
+        """Tokens and completion tokens that all processes trained on since the last call."""
+        counts, self._counts = self._counts, [0, 0]
+        tokens, learned = self.accelerator.reduce(torch.tensor(counts), "sum").tolist()
+        return tokens, learned
+
+    def peak_rss_bytes(self) -> int:
+        """The largest of all processes."""
+        return int(self.accelerator.gather(torch.tensor([peak_rss_bytes()])).max())
 
     def _keep_learned(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Forward hook of the backbone: keep the hidden states that predict a label."""
@@ -96,19 +105,37 @@ class CompletionTrainer(SFTTrainer):
     def held_out_loss(self) -> tuple[float, int]:
         """(mean loss in nats, tokens) over all completion tokens of the held-out rows.
 
-        Weighted by tokens, so it does not depend on how rows fall into batches.
+        Weighted by tokens, so it does not depend on how rows fall into batches, nor batches to
+        processes.
         """
         was_training = self.model.training
         self.model.eval()
-        total, tokens = 0.0, 0
-        one = torch.tensor(1)
-        for batch in self.get_eval_dataloader():
-            batch = self._prepare_inputs(batch)
-            total += self.compute_loss(self.model, batch, num_items_in_batch=one).item()
-            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        sums = torch.zeros(2, dtype=torch.float64)
+        # compute_loss scales by the number of processes, as the mean of their gradients needs.
+        processes = self.accelerator.num_processes
+        for rows, counts in self._my_held_out_batches():
+            batch = self._prepare_inputs(self.data_collator(rows))
+            loss = self.compute_loss(self.model, batch, num_items_in_batch=torch.tensor(1))
+            if counts:
+                sums[0] += loss.item() / processes
+                sums[1] += int((batch["labels"][:, 1:] != IGNORED).sum())
         self._metrics["eval"].clear()
         self.model.train(was_training)
-        return total / tokens, tokens
+        total, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        return total / tokens, int(tokens)
+
+    def _my_held_out_batches(self) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+        """Every n-th batch for this one of n processes, and whether it counts.
+
+        All get equally many, because TRL exchanges numbers at each: where they run out, the last
+        one comes again and does not count.
+        """
+        rows, size = self.eval_dataset, self.args.eval_batch_size
+        starts = list(range(0, len(rows), size))
+        for i in range(self.accelerator.process_index, len(starts), self.accelerator.num_processes):
+            yield [rows[j] for j in range(starts[i], min(starts[i] + size, len(rows)))], True
+        if self.accelerator.process_index >= (len(starts) - 1) % self.accelerator.num_processes + 1:
+            yield [rows[j] for j in range(starts[-1], len(rows))], False
 
 
 class MetricsCallback(TrainerCallback):
@@ -123,12 +150,13 @@ class MetricsCallback(TrainerCallback):
         self.eval_every = eval_every
         self.trainer: CompletionTrainer | None = None
         self._start = self._last = time.perf_counter()
-        self._tokens = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start the clock."""
+        """Start the clock; each process drops out its own elements."""
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
         self.report.train_begin(state.max_steps)
         self._start = self._last = time.perf_counter()
 
@@ -143,20 +171,19 @@ class MetricsCallback(TrainerCallback):
         """Record one step, and measure the held-out loss when it is due."""
         if "loss" not in logs:
             return
+        tokens, learned = self.trainer.take_counts()
         now = time.perf_counter()
-        tokens = int(logs["num_tokens"]) - self._tokens
         record = StepRecord(
             step=state.global_step,
             loss=float(logs["loss"]),
             lr=float(logs["learning_rate"]),
             grad_norm=float(logs["grad_norm"]),
             tokens=tokens,
-            completion_tokens=self.trainer.take_completion_tokens(),
+            completion_tokens=learned,
             tokens_per_s=tokens / (now - self._last),
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=self.trainer.peak_rss_bytes(),
             elapsed_s=now - self._start,
         )
-        self._tokens += tokens
         self._emit(record)
         due = self.eval_every and state.global_step % self.eval_every == 0
         if due and state.global_step < state.max_steps:

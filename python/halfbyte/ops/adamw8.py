@@ -112,6 +112,14 @@ def step_problem(step: torch.Tensor) -> str:
     return "" if 0 <= count < math.inf else f"step: expected a count, got {count}"
 
 
+def scale_problem(state: Mapping[str, torch.Tensor]) -> str:
+    """Why the scales of 8-bit moments decode to no numbers, or "". Waits for a device."""
+    for name in _SCALES:
+        if name in state and not torch.isfinite(state[name]).all():
+            return f"{name}: expected finite scales, got an infinity or a NaN"
+    return ""
+
+
 def tensor_problem(param: torch.Tensor, grad: torch.Tensor) -> str:
     """Why this pair cannot be updated, or ""."""
     if param.dtype not in PARAM_DTYPES:

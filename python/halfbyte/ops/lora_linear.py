@@ -235,16 +235,26 @@ def _product(bias, left, right, out) -> None:
 
 
 def _panels(weight, out_features: int, in_features: int, dtype: torch.dtype):
-    """(slice of W's rows, those rows dense): each valid until the next. A panel starts where a
-    block of scales does, so that its packed bytes and scales are slices of the weight's.
+    """(slice of W's rows, those rows dense): each valid until the next."""
+    scratch = None
+    for rows, part in row_parts(weight, out_features, in_features, dtype.itemsize):
+        if scratch is None:  # the first part is the largest
+            scratch = weight[0].new_empty(rows.stop, in_features, dtype=dtype)
+        panel = scratch[: rows.stop - rows.start]
+        _C.dequantize_4bit(part, panel, thread_count(), stream_of(panel))
+        yield rows, panel
+
+
+def row_parts(weight, out_features: int, in_features: int, itemsize: int):
+    """(slice of W's rows, those rows as a packed weight), each of PANEL_BYTES when dense. A part
+    starts where a block of scales does, so that its packed bytes and scales are slices of W's.
     """
     packed, absmax, nested_absmax, offset, codebook, levels, nested_map, block_size = weight
     nested_block = block_size * DOUBLE_QUANT_BLOCK
     step = block_size if nested_absmax is None else nested_block
     rows = step // math.gcd(step, in_features)
-    rows *= max(1, PANEL_BYTES // (rows * in_features * dtype.itemsize))
+    rows *= max(1, PANEL_BYTES // (rows * in_features * itemsize))
     packed = packed.reshape(-1)
-    scratch = packed.new_empty(min(rows, out_features), in_features, dtype=dtype)
     for first in range(0, out_features, rows):
         last = min(first + rows, out_features)
         begin, end = first * in_features, last * in_features
@@ -257,9 +267,7 @@ def _panels(weight, out_features: int, in_features: int, dtype: torch.dtype):
             nested,
             *(offset, codebook, levels, nested_map, block_size),
         )
-        panel = scratch[: last - first]
-        _C.dequantize_4bit(part, panel, thread_count(), stream_of(panel))
-        yield slice(first, last), panel
+        yield slice(first, last), part
 
 
 define(
