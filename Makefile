@@ -1,6 +1,6 @@
 # make demo   set up .venv, build, fine-tune the demo model on real text (about 4 minutes on two cores)
 # make test   set up what the tests need and run all of them, C++ and Python
-# make build | lint | format | sanitize | bench | mutate-cuda | clean
+# make build | lint | format | sanitize | bench | mutate-cuda | peer-tests | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -15,7 +15,7 @@ FORMATTED := $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.c' -
 # With other processes beside them, threads that spin in wait steal each other's time.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-cpp test-python build lint format sanitize bench mutate-cuda clean
+.PHONY: demo test test-cpp test-python build lint format sanitize bench mutate-cuda peer-tests clean
 
 demo: build $(VENV)/.demo
 	$(BIN)/halfbyte demo --output runs/demo --overwrite
@@ -64,6 +64,10 @@ bench: build $(VENV)/.test $(VENV)/.demo
 # Plants faults in the CUDA kernels' PTX and counts which the tests notice; a sample of them.
 mutate-cuda: build $(VENV)/.test
 	$(BIN)/python tests/python/cuda/mutate.py --sample 40
+
+# bitsandbytes' own tests over halfbyte; downloads its source package (103 MB, kept in build/peers).
+peer-tests: build $(VENV)/.test
+	$(BIN)/python tests/peers/run_bitsandbytes_tests.py
 
 clean:
 	rm -rf build $(VENV) runs

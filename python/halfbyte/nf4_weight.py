@@ -23,7 +23,7 @@ CODEBOOKS = ("nf4", "fp4", "int4")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NF4Weight:
     """Packed codes and statistics of one weight. Tensors are shared, never copied or changed.
 

@@ -163,7 +163,7 @@ class _AdamW(Optimizer):
         elif self.on_nonfinite == "skip":
             self.skipped_steps += 1
         else:
-            raise NonFiniteGradient(self._nonfinite_message(params[row], grads[row], index))
+            raise NonFiniteGradient(self._nonfinite_message(params[row], grads, row, index))
         return loss
 
     def _bad_in_a_shard(self, owners, params, grads) -> bool:
@@ -175,7 +175,7 @@ class _AdamW(Optimizer):
             self.skipped_steps += 1
             return True
         if row >= 0:
-            raise NonFiniteGradient(self._nonfinite_message(params[row], grads[row], index))
+            raise NonFiniteGradient(self._nonfinite_message(params[row], grads, row, index))
         raise NonFiniteGradient(
             "a gradient is not finite in another process's shard; nothing was changed"
         )
@@ -314,11 +314,16 @@ class _AdamW(Optimizer):
                     return _describe(group, i, j)
         return "a parameter that left the optimizer"
 
-    def _nonfinite_message(self, param, grad, index: int) -> str:
-        where = _coordinates(index, grad.shape)
+    def _nonfinite_message(self, param, grads, row: int, index: int) -> str:
+        where = _coordinates(index, grads[row].shape)
+        spread = all(not torch.isfinite(grad).any() for grad in grads)
         return (
-            f"{self._name_of(param)}: gradient is {grad[tuple(where)].item()} at {where} "
+            f"{self._name_of(param)}: gradient is {grads[row][tuple(where)].item()} at {where} "
             f"(flat index {index}); nothing was changed"
+        ) + (
+            "; no gradient is finite anywhere: clipping by a norm that is not finite spreads it"
+            if spread and len(grads) > 1
+            else ""
         )
 
     def _read_verdicts(self) -> None:

@@ -202,7 +202,9 @@ def test_resumes_in_another_process(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_trainer_before_anything_changes(tmp_path):
-    trainer = build_trainer(tmp_path, PagedAdamW8bit, EIGHT_BIT, max_grad_norm=0.0)
+    """Trainer clips by the norm of all gradients, which spreads the NaN to all: the message says
+    so, and names the first."""
+    trainer = build_trainer(tmp_path, PagedAdamW8bit, EIGHT_BIT)
     name = list(trained(trainer))[5]
     before = {}
 
@@ -215,7 +217,7 @@ def test_a_gradient_that_is_not_finite_stops_the_trainer_before_anything_changes
         return gradient
 
     trainer.model.get_parameter(name).register_hook(spoil)
-    with pytest.raises(NonFiniteGradient, match=r"parameter 5 of group 0.*\[1, 3\].*nothing was"):
+    with pytest.raises(NonFiniteGradient, match="parameter 0 of group 0.*nothing was.*clipping"):
         trainer.train()
     assert_same_state(inner(trainer).state_dict()["state"], before.pop("state"))
     for key, value in before.items():
