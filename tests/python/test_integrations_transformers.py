@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
 import halfbyte
+import halfbyte.integrations.bitsandbytes
 from formats import relative_error, same_bits
 from halfbyte.nn import NF4Linear
 from tiny_model import build_config
@@ -423,6 +424,35 @@ print(first, kind())
 
 
 # --- what a loaded model can do ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_modules": ["lm_head", "k_proj"]}])
+@pytest.mark.parametrize("take_over", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"])
+def test_merged_adapters_are_dense_in_what_is_saved(folder, tmp_path, targets, take_over, options):
+    if take_over:
+        halfbyte.integrations.bitsandbytes.take_over()
+    try:
+        config = halfbyte.NF4Config(**options)
+        if take_over:
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                llm_int8_skip_modules=options.get("skip_modules"),
+            )
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=targets))
+        merged = adapted.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        halfbyte.integrations.bitsandbytes.give_back()
+    assert packed_names(again) == packed_names(merged)
+    assert same_states(packed_state(again), packed_state(merged))
+    quantized = "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+    assert quantized == bool(packed_names(merged)) == (targets != "all-linear")
+    assert torch.equal(logits(again), logits(merged))
 
 
 def test_dequantize_gives_a_dense_model_to_save(folder, tmp_path):

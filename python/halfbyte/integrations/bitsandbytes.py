@@ -54,6 +54,10 @@ class BitsAndBytesQuantizer(NF4Quantizer):
         tied = [key for pair in model.all_tied_weights_keys.items() for key in pair]
         return [*skip, *(key.removesuffix(".weight") for key in tied)]
 
+    def leave_dense(self, dense: list[str], merged: list[str]) -> None:
+        self.quantization_config.llm_int8_skip_modules = [*dense, *merged]
+        self._settings.skip_modules = self.quantization_config.llm_int8_skip_modules
+
     def packs_experts(self, module: nn.Module) -> bool:
         return False
 

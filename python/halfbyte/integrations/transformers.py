@@ -333,6 +333,30 @@ class NF4Quantizer(HfQuantizer):
         ]
         return model
 
+    # --- before saving ----------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
+        """The config follows what has become dense since loading, as layers of merged adapters do;
+        a model without packed layers is saved as a dense one."""
+        adapted = any("base_layer" in name for name, _ in model.named_modules())
+        if not adapted:
+            dense = self.modules_left_dense(model)
+            merged = [
+                name
+                for name, module in model.named_modules()
+                if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, dense)
+            ]
+            if not any(isinstance(m, NF4Linear | NF4Experts) for m in model.modules()):
+                self.remove_quantization_config(model)
+            elif merged:
+                self.leave_dense(dense, merged)
+        return None, {}
+
+    def leave_dense(self, dense: list[str], merged: list[str]) -> None:
+        """Notes in the config that besides `dense` the layers `merged` are dense."""
+        self.quantization_config.skip_modules = [*(self.settings.skip_modules or []), *merged]
+        self.quantization_config.left_dense = [*dense, *merged]
+
     @property
     def _has_packed_experts(self) -> bool:
         return getattr(self.quantization_config, "packed_experts", False)
