@@ -1,6 +1,6 @@
 # make demo   set up .venv, build, fine-tune the demo model on real text (about 4 minutes on two cores)
 # make test   set up what the tests need and run all of them, C++ and Python
-# make build | lint | format | sanitize | bench | mutate-cuda | peer-tests | clean
+# make build | lint | format | sanitize | fuzz | bench | mutate-cuda | peer-tests | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -15,7 +15,7 @@ FORMATTED := $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.c' -
 # With other processes beside them, threads that spin in wait steal each other's time.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-cpp test-python build lint format sanitize bench mutate-cuda peer-tests clean
+.PHONY: demo test test-cpp test-python build lint format sanitize fuzz bench mutate-cuda peer-tests clean
 
 demo: build $(VENV)/.demo
 	$(BIN)/halfbyte demo --output runs/demo --overwrite
@@ -28,8 +28,14 @@ test-cpp: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset release
 	PATH="$(abspath $(BIN)):$$PATH" ctest --preset release
 
+# The tests that run CUDA code without a GPU go beside the others, and print when both are done.
+CUDA_TESTS := tests/python/cuda tests/ptx_interpreter
+
 test-python: build $(VENV)/.test $(VENV)/.demo
-	$(BIN)/python -m pytest
+	@mkdir -p build
+	@$(BIN)/python -m pytest $(CUDA_TESTS) >build/cuda-tests.log 2>&1 & cuda=$$!; \
+	$(BIN)/python -m pytest tests/python --ignore tests/python/cuda; rest=$$?; \
+	wait $$cuda; cuda=$$?; cat build/cuda-tests.log; exit $$((rest | cuda))
 
 build: $(VENV)/.installed
 
@@ -43,11 +49,23 @@ format: $(VENV)/.test
 	$(BIN)/ruff format python tests benchmarks
 	$(BIN)/clang-format -i $(FORMATTED)
 
+# The C++ tests under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
 sanitize: $(VENV)/.tools
 	@tools/install_test_libraries
+	for preset in sanitize tsan; do \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake --preset $$preset -G Ninja && \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset $$preset && \
+	  PATH="$(abspath $(BIN)):$$PATH" ctest --preset $$preset || exit 1; \
+	done
+
+# Random calls of the native operations, under the address and undefined-behaviour sanitizers:
+# make fuzz SECONDS=600
+SECONDS ?= 60
+fuzz: $(VENV)/.tools
+	@tools/install_test_libraries
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset sanitize -G Ninja
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset sanitize
-	PATH="$(abspath $(BIN)):$$PATH" ctest --preset sanitize
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset sanitize --target halfbyte_fuzz
+	build/sanitize/tests/fuzz/halfbyte_fuzz --seconds $(SECONDS)
 
 bench: build $(VENV)/.test $(VENV)/.demo
 	@tools/install_test_libraries

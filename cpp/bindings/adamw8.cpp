@@ -100,7 +100,7 @@ void bind_adamw8(py::module_& module) {
         const AdamW8Params params = adamw8_params(table, groups, threads, device, stream, bad);
         AdamW8Result result;
         {
-          py::gil_scoped_release release;
+          py::gil_scoped_release release;  // no interruption: a step is done wholly or not at all
           result = adamw8_step(params);
         }
         return py::make_tuple(result.tensor, result.index);

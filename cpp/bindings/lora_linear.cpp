@@ -1,5 +1,5 @@
 // The LoRA linear for Python. A call and the question how much workspace it needs (CUDA) take the
-// same arguments.
+// same arguments. Ctrl-C ends it.
 #include "views.h"
 
 #include "halfbyte/lora_linear.h"
@@ -17,7 +17,7 @@ void bind_forward(py::module_& module, const char* name) {
          const TensorView& bias, const TensorView& lora_a, const TensorView& lora_b, double scaling,
          double dropout, const TensorView& seed, const TensorView& y, const TensorView& t,
          int threads, uintptr_t stream, const TensorView& workspace) {
-        py::gil_scoped_release release;
+        const ReleaseGil release;
         return run({x, weight, out_features, bias, lora_a, lora_b, scaling, dropout, seed, y, t,
                     threads, stream_of(stream), workspace});
       },
@@ -35,7 +35,7 @@ void bind_backward(py::module_& module, const char* name) {
          const TensorView& t, double scaling, double dropout, const TensorView& seed,
          const TensorView& dx, const TensorView& d_lora_a, const TensorView& d_lora_b,
          const TensorView& d_bias, int threads, uintptr_t stream, const TensorView& workspace) {
-        py::gil_scoped_release release;
+        const ReleaseGil release;
         return run({dy, x, weight, in_features, lora_a, lora_b, t, scaling, dropout, seed, dx,
                     d_lora_a, d_lora_b, d_bias, threads, stream_of(stream), workspace});
       },

@@ -35,4 +35,5 @@ PYBIND11_MODULE(_C, module) {
   bind_lora_linear(module);
   bind_adamw8(module);
   bind_paged(module);
+  bind_calibrate(module);
 }

@@ -1,4 +1,4 @@
-// Quantize, double quantize and dequantize for Python.
+// Quantize, double quantize and dequantize for Python. Ctrl-C ends them.
 #include "views.h"
 
 #include "halfbyte/dynamic8_format.h"
@@ -13,7 +13,7 @@ void bind_nf4(py::module_& module) {
       "quantize_4bit",
       [](const TensorView& weight, const std::string& codebook, int64_t block_size,
          const TensorView& packed, const TensorView& absmax, int threads, uintptr_t stream) {
-        py::gil_scoped_release release;
+        const ReleaseGil release;
         quantize_4bit({weight, codebook_by_name(codebook), block_size, packed, absmax, threads,
                        stream_of(stream)});
       },
@@ -23,7 +23,7 @@ void bind_nf4(py::module_& module) {
       "double_quantize",
       [](const TensorView& absmax, const TensorView& offset, const TensorView& codes,
          const TensorView& nested_absmax, int threads, uintptr_t stream) {
-        py::gil_scoped_release release;
+        const ReleaseGil release;
         double_quantize({absmax, offset, codes, nested_absmax, threads, stream_of(stream)});
       },
       py::arg("absmax"), py::arg("offset"), py::arg("codes"), py::arg("nested_absmax"),
@@ -31,7 +31,7 @@ void bind_nf4(py::module_& module) {
   module.def(
       "dequantize_4bit",
       [](const QuantizedView& weight, const TensorView& out, int threads, uintptr_t stream) {
-        py::gil_scoped_release release;
+        const ReleaseGil release;
         dequantize_4bit({weight, out, threads, stream_of(stream)});
       },
       py::arg("weight"), py::arg("out"), py::arg("threads"), py::arg("stream") = 0);

@@ -88,6 +88,11 @@ QuantizedView quantized_view_of(py::handle weight) {
   return view;
 }
 
+void check_signals() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 void bind_views(py::module_& module) {
   // torch.float32, bfloat16, float16, uint8, int64, int32, in this order.
   module.def("register_dtypes", [](const py::tuple& objects) {

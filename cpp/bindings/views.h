@@ -11,6 +11,7 @@
 #include <pybind11/stl.h>
 
 #include "halfbyte/adamw8.h"
+#include "halfbyte/interruption.h"
 #include "halfbyte/nf4.h"
 #include "halfbyte/tensor_view.h"
 
@@ -20,7 +21,11 @@ void bind_nf4(pybind11::module_& module);
 void bind_lora_linear(pybind11::module_& module);
 void bind_adamw8(pybind11::module_& module);
 void bind_paged(pybind11::module_& module);
+void bind_calibrate(pybind11::module_& module);
 void bind_views(pybind11::module_& module);
+
+// Runs Python's handlers of signals that have come; throws what they raise.
+void check_signals();
 
 enum class Statistics { kNo, kYes };
 TensorView view_of(pybind11::handle tensor, Statistics statistics = Statistics::kNo);
@@ -29,6 +34,13 @@ QuantizedView quantized_view_of(pybind11::handle weight);
 inline void* stream_of(uintptr_t stream) {
   return reinterpret_cast<void*>(stream);
 }
+
+// The GIL released around an operation that a Python signal handler may end by raising, Ctrl-C's
+// KeyboardInterrupt above all. Its outputs are unfinished then: not around steps that update.
+class ReleaseGil {
+  pybind11::gil_scoped_release release_;
+  Interruptible interruptible_{&check_signals};
+};
 
 // A step on CUDA device `device`, or on the CPU where it is negative (bindings/adamw8.cpp).
 using AdamW8GroupTuple = std::tuple<double, double, double, double, double, bool>;

@@ -171,24 +171,28 @@ def _unless_equal(table: torch.Tensor, standard: torch.Tensor) -> torch.Tensor |
 def _parse_header(tensor: torch.Tensor, key: str) -> dict:
     try:
         header = json.loads(bytes(tensor.cpu().tolist()).decode())
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{key}: expected JSON bytes, got {error}") from None
     problems = []
     if not isinstance(header, dict):
         raise ValueError(f"{key}: expected a JSON object, got {type(header).__name__}")
     shape = header.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+    if not sizes or math.prod(max(n, 1) for n in shape) >= 2**63:
         problems.append(f"shape {shape!r}")
     block_size = header.get("blocksize")
     if not isinstance(block_size, int) or block_size not in {2**i for i in range(5, 13)}:
         problems.append(f"blocksize {block_size!r}")
-    if header.get("dtype") not in _DTYPES:
+    if not isinstance(header.get("dtype"), str) or header["dtype"] not in _DTYPES:
         problems.append(f"dtype {header.get('dtype')!r}")
+    codebook = key.rpartition("__")[2]
+    if header.get("quant_type", codebook) != codebook:
+        problems.append(f"quant_type {header['quant_type']!r}")
     if header.get("nested_blocksize", DOUBLE_QUANT_BLOCK) != DOUBLE_QUANT_BLOCK:
         problems.append(f"nested_blocksize {header['nested_blocksize']!r}")
     offset = header.get("nested_offset")
     if "nested_blocksize" in header and not (
-        isinstance(offset, float | int) and math.isfinite(offset)
+        type(offset) in (float, int) and abs(offset) <= torch.finfo(torch.float32).max
     ):
         problems.append(f"nested_offset {header.get('nested_offset')!r}")
     if problems:

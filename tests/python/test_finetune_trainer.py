@@ -157,5 +157,5 @@ def test_a_non_finite_gradient_is_one_plain_error(base, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(torch.Tensor, "backward", poisoned)
     config = _config(base, tmp_path)
-    with pytest.raises(FinetuneError, match=r"step 1: .*gradient is nan.*nothing was changed"):
+    with pytest.raises(FinetuneError, match=r"step 1: the gradient of \S*lora_\S* is inf at "):
         finetune(config)

@@ -54,7 +54,11 @@ struct TensorView {
 
 std::string describe(const TensorView& view);  // "float32[3, 5]"
 
-// Throws unless `view` is given and has one of `dtypes`.
+// The product of the extents. Throws when one is negative, or when elements of 8 bytes would not
+// fit 63 bits.
+int64_t element_count(const char* name, const int64_t* extents, size_t dimensions);
+
+// Throws unless `view` is given, has one of `dtypes`, a countable shape and memory.
 void check_dtype(const char* name, const TensorView& view, std::initializer_list<DType> dtypes);
 // The same, and exactly the shape `shape`.
 void check_tensor(const char* name, const TensorView& view, std::initializer_list<DType> dtypes,

@@ -20,6 +20,8 @@ namespace halfbyte {
 namespace {
 
 constexpr int64_t kBlocksPerTask = 64;
+constexpr int64_t kMostElements = INT64_MAX / 8;
+constexpr float kMostSteps = 0x1p60f;  // what a stored count means at most: it must fit int64
 
 struct AdamW8Run {
   const AdamW8Params* params = nullptr;
@@ -46,7 +48,8 @@ bool is_float(DType dtype) {
 }
 
 void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups, const Place& place) {
-  HALFBYTE_CHECK(t.count >= 0, "tensor ", i, ": count: expected >= 0, got ", t.count);
+  HALFBYTE_CHECK(t.count >= 0 && t.count <= kMostElements, "tensor ", i, ": count: expected 0 to ",
+                 kMostElements, ", got ", t.count);
   HALFBYTE_CHECK(t.group >= 0 && t.group < static_cast<int64_t>(groups), "tensor ", i,
                  ": group: expected 0 .. ", groups - 1, ", got ", t.group);
   HALFBYTE_CHECK(is_float(t.param_dtype), "tensor ", i,
@@ -68,7 +71,7 @@ void check_adamw8_tensor(const AdamW8Tensor& t, size_t i, size_t groups, const P
 
 AdamW8Scalars scalars_of(const AdamW8Group& group, float steps_done) {
   return adamw8_scalars(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
-                        group.maximize, static_cast<int64_t>(steps_done) + 1);
+                        group.maximize, static_cast<int64_t>(std::min(steps_done, kMostSteps)) + 1);
 }
 
 AdamW8Run prepare(const AdamW8Params& params, AdamW8Result* result) {

@@ -91,6 +91,11 @@ void check_two_dimensional(const char* name, const TensorView& view) {
   HALFBYTE_CHECK(view.shape.size() == 2, name, ": expected 2 dimensions, got ", describe(view));
 }
 
+int64_t weight_count(int64_t N, int64_t K) {
+  const int64_t extents[] = {N, K};
+  return element_count("weight", extents, 2);
+}
+
 // Rank of the LoRA branch, 0 without one.
 int64_t check_lora(const TensorView& a, const TensorView& b, int64_t K, int64_t N) {
   HALFBYTE_CHECK(a.given == b.given, "lora_a and lora_b: expected both or neither, got lora_a ",
@@ -137,7 +142,7 @@ ForwardArgs checked_forward(const LoraLinearParams& params) {
 
   ForwardArgs args{};
   args.x = matrix_of(params.x);
-  args.weight = checked_bits(params.weight, N * K, "x", place);
+  args.weight = checked_bits(params.weight, weight_count(N, K), "x", place);
   args.bias = matrix_of(params.bias);
   args.lora_a = matrix_of(params.lora_a);
   args.lora_b = matrix_of(params.lora_b);
@@ -145,7 +150,7 @@ ForwardArgs checked_forward(const LoraLinearParams& params) {
   args.dropout = checked_dropout(R ? params.dropout : 0, params.seed);
   args.y = matrix_of(params.y);
   args.t = matrix_of(params.t);
-  args.threads = params.threads;
+  args.threads = usable_threads(params.threads);
   return args;
 }
 
@@ -175,7 +180,7 @@ BackwardArgs checked_backward(const LoraLinearBackwardParams& params) {
   BackwardArgs args{};
   args.dy = matrix_of(params.dy);
   args.x = matrix_of(params.x);
-  args.weight = checked_bits(params.weight, N * K, "dy", place);
+  args.weight = checked_bits(params.weight, weight_count(N, K), "dy", place);
   args.lora_a = matrix_of(params.lora_a);
   args.lora_b = matrix_of(params.lora_b);
   args.t = matrix_of(params.t);
@@ -186,7 +191,7 @@ BackwardArgs checked_backward(const LoraLinearBackwardParams& params) {
   args.d_lora_a = matrix_of(params.d_lora_a);
   args.d_lora_b = matrix_of(params.d_lora_b);
   args.d_bias = matrix_of(params.d_bias);
-  args.threads = params.threads;
+  args.threads = usable_threads(params.threads);
   return args;
 }
 

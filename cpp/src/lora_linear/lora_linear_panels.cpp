@@ -50,7 +50,11 @@ struct Driver {
 
   int64_t per_unit() const { return kernels.compute == DType::kBFloat16 ? 2 : 1; }
   int64_t units(int64_t elements) const { return ceil_div(elements, per_unit()); }
-  int64_t chunk_elements() const { return kMaxPanelUnits * per_unit(); }
+  // How long the chunks of a reduction are. One over nothing has a single empty chunk, which gives
+  // zeros.
+  int64_t chunk_of(int64_t depth) const {
+    return std::clamp<int64_t>(depth, 1, kMaxPanelUnits * per_unit());
+  }
   size_t panel_bytes(int64_t elements) const {
     return static_cast<size_t>(units(elements)) * kPanelLanes * 4;
   }
@@ -155,7 +159,7 @@ void load_bias(const Matrix& bias, int64_t lane, int lanes, float out[kPanelLane
 Ahead codes_of_panel(const Driver& driver, const WideProduct& w, int64_t lane, int64_t rows) {
   constexpr int64_t kLine = 64, kLeastStep = 8;
   const Nf4Bits* weight = w.source.weight;
-  if (weight == nullptr) return {};
+  if (weight == nullptr || w.depth == 0) return {};
   const int64_t row_bytes = w.source.matrix.cols / 2;
   const char* codes = reinterpret_cast<const char*>(weight->packed);
   if (w.lanes_are == Lanes::kColumns) return {codes + lane / 2, row_bytes, w.depth};
@@ -212,11 +216,11 @@ void multiply_block(const Driver& driver, const WideProduct& w, int64_t row, int
     p.bias = bias;
   }
   if (w.first_in) add_first(driver, w, row, lane, p);
-  const int64_t chunk = std::min(driver.chunk_elements(), w.depth);
+  const int64_t chunk = driver.chunk_of(w.depth);
   if (w.depth > chunk)
     p.partial = static_cast<float*>(thread_scratch(
         ScratchSlot::kTile, static_cast<size_t>(rows) * kPanelLanes * sizeof(float)));
-  for (int64_t begin = 0; begin < w.depth; begin += chunk) {
+  for (int64_t begin = 0; begin == 0 || begin < w.depth; begin += chunk) {
     const int64_t count = std::min(chunk, w.depth - begin);
     p.store_partial = begin + count < w.depth;
     if (!p.store_partial) p.ahead = codes_of_panel(driver, w, next_lane, rows);
@@ -291,8 +295,8 @@ void run_skinny(const Driver& driver, const Staged& in, const DropoutMask& mask,
                 const PanelSource& source, Lanes lanes_are, int64_t lanes, const Matrix& out) {
   const int64_t depth = in.matrix.cols;
   const int64_t panels = ceil_div(lanes, kPanelLanes);
-  const int64_t chunk = std::min(driver.chunk_elements(), depth);
-  const int64_t chunks = ceil_div(depth, chunk);
+  const int64_t chunk = driver.chunk_of(depth);
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(depth, chunk));
   const size_t panel_bytes = driver.panel_bytes(chunk);
   AlignedBuffer packed(panel_bytes * static_cast<size_t>(panels * chunks));
   const auto panel_at = [&](int64_t panel, int64_t c) {
@@ -380,7 +384,7 @@ void run_outer(const Driver& driver, const OuterProduct& o) {
   const Staged left = ranks ? stage_transposed(driver, o.left) : Staged{};
   PanelSource source = matrix_source(o.right);
   source.dropout = o.mask;
-  const int64_t chunk = std::max<int64_t>(1, std::min(driver.chunk_elements(), rows));
+  const int64_t chunk = driver.chunk_of(rows);
   parallel_for(ceil_div(o.right.cols, kPanelLanes), driver.threads, [&](int64_t task) {
     const int64_t lane = task * kPanelLanes;
     const int lanes = static_cast<int>(std::min<int64_t>(kPanelLanes, o.right.cols - lane));

@@ -80,7 +80,7 @@ double peak_gflops(DType dtype, int threads) {
 #else
   (void)dtype;
 #endif
-  return 2e-9 * rate(*kernels, kMaxPanelUnits, threads, 10, 20);
+  return 2e-9 * rate(*kernels, kMaxPanelUnits, usable_threads(threads), 10, 20);
 }
 
 }  // namespace halfbyte

@@ -1,13 +1,18 @@
 // Dynamic hand-out of independent tasks, and per-thread scratch that outlives a call.
 //
 // Tasks must not depend on each other's order; every task computes its outputs in a fixed order, so
-// results are the same for any thread count. The only OpenMP in the tree is in parallel.cpp.
+// results are the same for any thread count. The only OpenMP in the tree is in parallel.cpp. No
+// task's scratch is alive between two tasks of a thread: whoever looks up there (interruption.h)
+// may call operations itself.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 namespace halfbyte {
+
+// A caller's number of threads within what is sensible: 1 .. 1024.
+int usable_threads(int64_t threads);
 
 using TaskFunction = void (*)(void* context, int64_t task);
 

@@ -43,6 +43,18 @@ std::string describe(const TensorView& view) {
   return view.given ? dtype_name(view.dtype) + shape_text(view.shape) : "nothing";
 }
 
+int64_t element_count(const char* name, const int64_t* extents, size_t dimensions) {
+  constexpr int64_t kMost = INT64_MAX / 8;
+  int64_t count = 1;
+  for (size_t i = 0; i < dimensions; ++i) {
+    HALFBYTE_CHECK(extents[i] >= 0 && (extents[i] == 0 || count <= kMost / extents[i]), name,
+                   ": expected a shape of 0 to ", kMost, " elements, got ",
+                   shape_text({extents, extents + dimensions}));
+    count *= extents[i];
+  }
+  return count;
+}
+
 void check_dtype(const char* name, const TensorView& view, std::initializer_list<DType> dtypes) {
   std::string expected;
   bool found = false;
@@ -51,6 +63,9 @@ void check_dtype(const char* name, const TensorView& view, std::initializer_list
     found = found || (view.given && view.dtype == dtype);
   }
   HALFBYTE_CHECK(found, name, ": expected ", expected, ", got ", describe(view));
+  const int64_t count = element_count(name, view.shape.data(), view.shape.size());
+  HALFBYTE_CHECK(count == 0 || view.data != nullptr, name, ": expected memory for ", describe(view),
+                 ", got none (was its storage released?)");
 }
 
 void check_tensor(const char* name, const TensorView& view, std::initializer_list<DType> dtypes,

@@ -16,15 +16,20 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from halfbyte.cli.errors import plain_errors
-from halfbyte.finetune import processes
+from halfbyte.finetune import checkpoints, processes
 from halfbyte.finetune.config import FinetuneConfig
-from halfbyte.finetune.errors import FinetuneError
+from halfbyte.finetune.errors import FinetuneError, Interrupted
 
 DOC = """Fine-tune a language model on a 4-bit base with LoRA.
 
 Needs --base, --data and --out; everything else has a default. Flags override --config.
 
     halfbyte finetune --base SmolLM2-135M-Instruct.gguf --data chat.jsonl --out run
+
+Checkpoints are saved on the way. Ctrl-C and SIGTERM save one more after the step in progress;
+a second signal stops at once. Go on from the newest, with the bits of a run never interrupted:
+
+    halfbyte finetune --out run --resume
 """
 
 
@@ -38,11 +43,14 @@ def command(
             if truncate and skip_long:
                 raise FinetuneError("--truncate and --skip-long exclude each other")
             settings["long_samples"] = "truncate" if truncate else "skip"
+        if settings.get("resume") and config is None and settings.get("out") is not None:
+            config = checkpoints.newest_settings(settings["out"])
         start(FinetuneConfig.load(config, **settings))
 
 
 def start(config: FinetuneConfig) -> None:
-    """Run a checked configuration with a console report."""
+    """Run a checked configuration with a console report. A signal that ended its training is one
+    line on stderr and exit code 128 + its number."""
     # The base is local by definition: nothing below may look for a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,7 +61,11 @@ def start(config: FinetuneConfig) -> None:
     report.stage("importing transformers, PEFT and TRL")
     from halfbyte.finetune.run import finetune
 
-    finetune(config, report)
+    try:
+        finetune(config, report)
+    except Interrupted as stop:
+        typer.echo(stop, err=True)
+        raise typer.Exit(128 + stop.number) from None
 
 
 def stop_on_sigterm() -> None:
@@ -104,7 +116,9 @@ def _setting_parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter
     elif field.default not in (None, ()):
         text += f" (default {field.default})"
     option = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if kind is bool and field.name != "overwrite" else flag,
+        f"{flag}/--no-{flag[2:]}"
+        if kind is bool and field.name not in ("overwrite", "resume")
+        else flag,
         help=text,
         rich_help_panel=field.metadata["panel"],
         show_default=False,

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import bench, demo, finetune, info
+from halfbyte.cli import (
+    bench,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    info,
+    merge,
+    plan,
+    quantize,
+    verify,
+)
 
 app = typer.Typer(
     help="4-bit QLoRA fine-tuning with native kernels.",
@@ -40,3 +52,10 @@ app.command("finetune")(finetune.command)
 app.command("info")(info.command)
 app.command("demo")(demo.command)
 app.command("bench")(bench.command)
+app.command("plan")(plan.command)
+app.command("merge")(merge.command)
+app.command("quantize")(quantize.command)
+app.command("verify")(verify.command)
+app.command("generate")(generate.command)
+app.command("eval")(evaluate.command)
+app.command("export")(export.command)

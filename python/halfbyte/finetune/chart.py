@@ -1,5 +1,6 @@
 """The loss curve of a run as a PNG."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,12 @@ TRAIN, HELD_OUT, INK, GRID = "#3b6fb6", "#c8502d", "#222222", "#e3e3e3"
 def draw_loss_curve(
     path: Path, title: str, steps: list[StepRecord], evals: list[EvalRecord]
 ) -> None:
-    """Draw training loss (each step, and smoothed) and held-out loss over optimizer steps."""
+    """Draw training loss (each step, and smoothed) and held-out loss over optimizer steps.
+
+    Steps that were skipped have no loss and no point.
+    """
+    steps = [record for record in steps if math.isfinite(record.loss)]
+    evals = [record for record in evals if math.isfinite(record.loss)]
     with pyplot.rc_context({"font.size": 10, "axes.edgecolor": "#888888", "text.color": INK}):
         figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
         x = [record.step for record in steps]
@@ -84,7 +90,7 @@ def _draw_held_out(axes: pyplot.Axes, evals: list[EvalRecord]) -> None:
 
 def _limit_loss_axis(axes: pyplot.Axes, train: list[float], held_out: list[float]) -> None:
     """Show all held-out points and all but the wildest training steps."""
-    ordered = sorted(train)
+    ordered = sorted(train or held_out or [0.0])
     low = min(ordered[len(ordered) // 100], *held_out, max(ordered))
     high = max(ordered[len(ordered) * 99 // 100], *held_out, min(ordered))
     margin = 0.12 * (high - low) or 0.1

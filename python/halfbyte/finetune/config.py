@@ -20,6 +20,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "bf16", "fp32")
 LONG_SAMPLES = ("error", "truncate", "skip")
 CODEBOOKS = ("nf4", "fp4", "int4")
+NON_FINITE = ("stop", "skip")
 
 
 def _setting(
@@ -59,6 +60,19 @@ class FinetuneConfig:
         False, "Replace the run that --out already holds.", "Input and output"
     )
 
+    save_every: int = _setting(
+        50,
+        "Save a checkpoint in --out every N steps; 0: only when the run is interrupted.",
+        "Checkpoints", low=0,
+    )  # fmt: skip
+    keep: int = _setting(2, "Checkpoints to keep, the newest ones.", "Checkpoints", low=1)
+    resume: bool = _setting(
+        False,
+        "Go on from the newest checkpoint in --out, with its settings where no flag names them; "
+        "start from the beginning if there is none yet.",
+        "Checkpoints",
+    )
+
     rank: int = _setting(16, "LoRA rank R.", "LoRA", low=1, high=512)
     alpha: float = _setting(32.0, "LoRA alpha; the update is scaled by alpha / R.", "LoRA", above=0)
     dropout: float = _setting(0.05, "Dropout on the LoRA input.", "LoRA", low=0.0, high=0.95)
@@ -83,6 +97,12 @@ class FinetuneConfig:
     )
     batch: int = _setting(8, "Sequences a forward pass, in each process.", "Training", low=1)
     accumulation: int = _setting(1, "Forward passes an optimizer step.", "Training", low=1)
+    non_finite: str = _setting(
+        "stop",
+        "When a step's loss or gradients are not finite: stop the run, or skip the step. Neither "
+        "changes the adapter.",
+        "Training", choices=NON_FINITE,
+    )  # fmt: skip
     seed: int = _setting(
         0, "Seed of LoRA's initial values, row order and dropout.", "Training", low=0
     )

@@ -107,8 +107,14 @@ def _parse_row(path: Path, line: int, raw: bytes) -> Row:
             f"{place}: expected one JSON object, got {_shorten(raw.decode('utf-8-sig').strip())}"
             f" ({error.msg} at column {error.colno})"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise FinetuneError(
+            f"{place}: expected one JSON object, got {_shorten(raw.decode('utf-8-sig').strip())}"
+            f" ({_shorten(str(error), 80)})"
+        ) from None
     if not isinstance(content, dict):
         raise FinetuneError(f"{place}: expected one JSON object, got {_kind(content)}")
+    _check_surrogates(place, raw, content)
     if "messages" in content:
         _check_messages(place, content["messages"])
         return Row(path, line, "messages", content)
@@ -119,8 +125,19 @@ def _parse_row(path: Path, line: int, raw: bytes) -> Row:
     if "text" in content:
         _check_text(place, content, "text")
         return Row(path, line, "text", content)
-    keys = ", ".join(map(repr, content)) or "an empty object"
+    keys = _shorten(", ".join(map(repr, content)), 80) or "an empty object"
     raise FinetuneError(f"{place}: expected {FORMS}, got {keys}")
+
+
+def _check_surrogates(place: str, raw: bytes, content: dict) -> None:
+    """JSON can escape half of a character (\\ud83d alone), which is no text."""
+    if b"\\ud" not in raw.lower():
+        return
+    try:
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise FinetuneError(f"{place}: expected text, got {half}, half of a character") from None
 
 
 def _check_text(place: str, content: dict, key: str) -> None:
@@ -144,7 +161,8 @@ def _check_messages(place: str, messages: Any) -> None:
             raise FinetuneError(f"{where}: expected `role` and `content`, got {_kind(message)}")
         if message.get("role") not in ROLES:
             raise FinetuneError(
-                f"{where}: `role`: expected one of {', '.join(ROLES)}, got {message.get('role')!r}"
+                f"{where}: `role`: expected one of {', '.join(ROLES)}, got "
+                f"{_shorten(repr(message.get('role')))}"
             )
         if not isinstance(message.get("content"), str):
             raise FinetuneError(
@@ -167,4 +185,6 @@ def _kind(value: Any) -> str:
 
 
 def _shorten(text: str, length: int = 40) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
+    """At most `length` characters, those that do not print as escapes."""
+    text = text if len(text) <= length else text[: length - 3] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

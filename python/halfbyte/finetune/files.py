@@ -5,6 +5,7 @@ files as they were.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success fsync its files and put it there.
+    """Yield an empty temporary folder beside `path`; on success fsync all in it and put it there.
 
     An older `path` is moved aside first and removed last, so that one of the two always exists
     whole.
@@ -42,7 +43,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
-                _fsync(file)
+            _fsync(file)
+        _fsync(temporary)
         aside = temporary.with_name(temporary.name + ".old")
         if path.exists():
             path.rename(aside)
@@ -70,6 +72,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON to `path`, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove what `replace_file` and `replace_folder` wrote aside for `pattern` when they died."""
+    for path in folder.glob(f".{pattern}.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room; libraries raise it as classes of their own."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _fsync(path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.finetune import base as bases
+from halfbyte.finetune import checkpoints
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.data import Row, read_rows, split_rows
 from halfbyte.finetune.encode import EncodedRows, encode_rows, prepare_tokenizer
@@ -66,7 +67,19 @@ def _check_out(config: FinetuneConfig) -> None:
     out = config.out
     if out.exists() and not out.is_dir():
         raise FinetuneError(f"out {out}: expected a folder, got a file")
+    unfinished = bool(checkpoints.found(out))
+    if config.resume:
+        if config.overwrite:
+            raise FinetuneError("--resume and --overwrite exclude each other")
+        if not unfinished and (out / "run.json").exists():
+            checkpoints.remove_all(out)  # a run that was killed while it did so
+            raise FinetuneError(f"out {out}: the run is finished; pass --overwrite for another one")
+        return
     held = [name for name in RESULT_FILES if (out / name).exists()]
+    if unfinished and not config.overwrite:
+        raise FinetuneError(
+            f"out {out}: holds a run that is not finished; pass --resume to go on, or --overwrite"
+        )
     if held and not config.overwrite:
         raise FinetuneError(f"out {out}: already holds a run ({held[0]}); pass --overwrite")
 

@@ -31,8 +31,8 @@ class Report:
     def fact(self, name: str, text: str) -> None:
         """Something found out, as a name and a value."""
 
-    def train_begin(self, steps: int) -> None:
-        """Training begins and will take `steps` optimizer steps."""
+    def train_begin(self, steps: int, done: int) -> None:
+        """Training begins and will take `steps` optimizer steps, `done` of them by now."""
 
     def record(self, record: StepRecord | EvalRecord) -> None:
         """A step is done or a held-out loss measured."""
@@ -50,7 +50,7 @@ class ConsoleReport(Report):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
-        self._steps = 0
+        self._steps = self._done = 0
         self._begin = self._last_line = 0.0
 
     def stage(self, text: str) -> None:
@@ -61,9 +61,9 @@ class ConsoleReport(Report):
         """Print a name and a value, values aligned."""
         self.console.print(f"[bold]{escape(name):<11}[/bold] {escape(text)}", soft_wrap=True)
 
-    def train_begin(self, steps: int) -> None:
+    def train_begin(self, steps: int, done: int) -> None:
         """Open the progress bar."""
-        self._steps = steps
+        self._steps, self._done = steps, done
         self._begin = self._last_line = time.perf_counter()
         if self.console.is_terminal:
             self._progress = Progress(
@@ -75,7 +75,7 @@ class ConsoleReport(Report):
                 expand=True,
             )
             self._progress.start()
-            self._progress.add_task("train", total=steps, numbers="")
+            self._progress.add_task("train", total=steps, completed=done, numbers="")
 
     def record(self, record: StepRecord | EvalRecord) -> None:
         """Move the bar, or print a line when the last one is a while ago."""
@@ -86,7 +86,7 @@ class ConsoleReport(Report):
             )
             return
         elapsed = time.perf_counter() - self._begin
-        left = elapsed / record.step * (self._steps - record.step)
+        left = elapsed / (record.step - self._done) * (self._steps - record.step)
         numbers = (
             f"loss {record.loss:.3f}  lr {record.lr:.1e}  {record.tokens_per_s:,.0f} tok/s  "
             f"peak {format_bytes(record.peak_rss_bytes)}  {format_time(left)} left"
@@ -97,7 +97,7 @@ class ConsoleReport(Report):
             )
             return
         now = time.perf_counter()
-        ends = record.step in (1, self._steps)
+        ends = record.step in (self._done + 1, self._steps)
         if ends or now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = now
             self.console.print(f"step {record.step}/{self._steps}  {numbers}", soft_wrap=True)

@@ -5,6 +5,9 @@ load     the base in 16 or 32 bits, packed to 4 bits layer by layer; LoRA by PEF
 train    held-out loss and a sample answer; TRL's loop with halfbyte's 8-bit AdamW; again
 write    adapter/ (PEFT's format), metrics.jsonl, loss.png, config.yaml, run.json (last)
 
+Checkpoints are saved while it trains, `--resume` goes on from the newest (saving.py); they are
+removed when run.json is there.
+
 Under torchrun or `accelerate launch` every process runs all of this on its part of each batch, and
 process 0 alone reports and writes (processes.py).
 """
@@ -13,12 +16,14 @@ import contextlib
 import dataclasses
 import logging
 import platform
+import shlex
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import peft
@@ -27,27 +32,37 @@ import transformers
 import trl
 import yaml
 from peft import LoraConfig, PeftModel
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 import halfbyte
 from halfbyte.finetune import base as bases
-from halfbyte.finetune import processes
+from halfbyte.finetune import checkpoints, processes, saving
 from halfbyte.finetune.chart import draw_loss_curve
+from halfbyte.finetune.checkpoints import Checkpoint
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.encode import (
     EncodedRows,
     Sample,
     render_prompt,
 )
-from halfbyte.finetune.errors import FinetuneError
-from halfbyte.finetune.files import replace_file, replace_folder, write_json, write_text
+from halfbyte.finetune.errors import FinetuneError, Interrupted, NonFinite
+from halfbyte.finetune.files import (
+    is_disk_full,
+    remove_leftovers,
+    replace_file,
+    replace_folder,
+    write_json,
+    write_text,
+)
+from halfbyte.finetune.interruption import Interruption
 from halfbyte.finetune.metrics import EvalRecord, MetricsLog
 from halfbyte.finetune.plan import RESULT_FILES, Plan, check
 from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
-from halfbyte.finetune.trainer import CompletionTrainer, MetricsCallback
+from halfbyte.finetune.saving import Saver
+from halfbyte.finetune.trainer import CheckpointCallback, CompletionTrainer, MetricsCallback
 from halfbyte.integrations import peft as peft_bridge
-from halfbyte.optim import AdamW8bit, NonFiniteGradient
+from halfbyte.optim import AdamW8bit
 
 
 @dataclass(frozen=True)
@@ -68,13 +83,18 @@ class RunResult:
 
 
 def finetune(config: FinetuneConfig, report: Report | None = None) -> RunResult:
-    """Run `config`. Raises FinetuneError for whatever the user can put right."""
+    """Run `config`. Raises FinetuneError for whatever the user can put right, and Interrupted when
+    a signal ended the training of the run's only process."""
     report = report if report is not None and processes.is_first() else Report()
     start = time.perf_counter()
-    with quiet_libraries(), processes.joined():
+    with quiet_libraries(), processes.joined(), _told_what_is_saved(config.out):
         plan = check(config, report)
+        identity = saving.identity_of(plan)
+        checkpoint = saving.find(plan, identity)
+        if config.resume:
+            report.fact("resume", _where_it_goes_on(checkpoint))
         model = load(plan, report)
-        return train(plan, model, report, start)
+        return train(plan, model, report, start, identity, checkpoint)
 
 
 def load(plan: Plan, report: Report) -> PeftModel:
@@ -117,46 +137,96 @@ def load(plan: Plan, report: Report) -> PeftModel:
     return model
 
 
-def train(plan: Plan, model: PeftModel, report: Report, start: float) -> RunResult:
-    """Evaluate, train, evaluate, write. `start` is when the run began (perf_counter)."""
-    config = plan.config
+def train(
+    plan: Plan,
+    model: PeftModel,
+    report: Report,
+    start: float,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint | None,
+) -> RunResult:
+    """Evaluate, train, evaluate, write. `start` is when the run began (perf_counter); `checkpoint`
+    is where it goes on."""
+    config, record = plan.config, checkpoint.record if checkpoint is not None else None
     if processes.is_first():
         config.out.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(config.out / "metrics.jsonl" if processes.is_first() else None)
-    with tempfile.TemporaryDirectory() as scratch:
-        callback = MetricsCallback(log, report, config.eval_every)
+        if record is None:
+            checkpoints.remove_all(config.out)
+    log = MetricsLog(
+        config.out / "metrics.jsonl" if processes.is_first() else None,
+        record.metrics if record is not None else 0,
+    )
+    callback = MetricsCallback(log, report, config.eval_every, record.elapsed_s if record else 0.0)
+    saver = Saver(plan, log, identity)
+    with (
+        _abandoned_on_error(log),
+        tempfile.TemporaryDirectory() as scratch,
+        Interruption(report.stage) as interruption,
+    ):
         trainer = build_trainer(plan, model, callback, scratch)
-        callback.trainer = trainer
-        try:
+        callback.trainer, trainer.checkpoint = trainer, checkpoint
+        trainer.save = lambda: saver.save(trainer, callback.elapsed_s)
+        trainer.add_callback(CheckpointCallback(config.save_every, interruption))
+        if record is None:
             if plan.held_out is not None:
                 report.stage("measuring the held-out loss of the 4-bit base")
-            before = callback.evaluate(0)
-            answer_before = _answer(plan, model)
-            begin = time.perf_counter()
-            try:
-                trainer.train()
-            except NonFiniteGradient as error:
-                step = trainer.state.global_step + 1
-                raise FinetuneError(f"step {step}: {error}; try a smaller --lr") from None
-            finally:
-                report.train_end()
-            train_s = time.perf_counter() - begin
-            after = callback.evaluate(trainer.state.global_step)
-        except BaseException:
-            log.abandon()
+            with interruption.at_once():
+                callback.evaluate(0)
+                saver.answer = _answer(plan, model)
+        else:
+            saver.answer = record.answer
+        _make_steps(trainer, report)
+        train_s, steps_end = callback.elapsed_s, log.sync()
+        try:
+            with interruption.at_once():
+                callback.evaluate(trainer.state.global_step)
+                result = _result(plan, trainer, log, saver.answer, train_s, start)
+                if processes.is_first():
+                    _write(plan, model, log, result)
+        except Interrupted:
+            saver.save(trainer, train_s, steps_end)
             raise
-        sample = None
-        if answer_before is not None:
-            sample = SampleAnswers(plan.prompt, answer_before, _answer(plan, model))
-    result = RunResult(
-        plan.base.name, plan.base.origin, before, after, sample, len(log.steps),
-        sum(record.tokens for record in log.steps), train_s, time.perf_counter() - start,
-        trainer.peak_rss_bytes(), {name: config.out / name for name in RESULT_FILES},
-    )  # fmt: skip
     if processes.is_first():
-        _write(plan, model, log, result)
+        checkpoints.remove_all(config.out)
     report.finish(result)
     return result
+
+
+def _make_steps(trainer: CompletionTrainer, report: Report) -> None:
+    """The optimizer steps that are left; all state is that of the last one when this returns."""
+    checkpoint = trainer.checkpoint
+    try:
+        if checkpoint is None:
+            trainer.train()
+        elif checkpoint.record.step < checkpoint.record.steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder))
+        else:  # the run was stopped between its last step and its results
+            trainer._load_from_checkpoint(str(checkpoint.folder))
+            state = TrainerState.load_from_json(str(checkpoint.folder / "trainer_state.json"))
+            trainer.state = state
+    finally:
+        report.train_end()
+
+
+def _result(
+    plan: Plan,
+    trainer: CompletionTrainer,
+    log: MetricsLog,
+    answer_before: str | None,
+    train_s: float,
+    start: float,
+) -> RunResult:
+    """What the run came to, with the trained model's answer."""
+    before = log.evals[0] if log.evals else None
+    after = log.evals[-1] if log.evals else None
+    sample = None
+    if answer_before is not None:
+        sample = SampleAnswers(plan.prompt, answer_before, _answer(plan, trainer.model))
+    return RunResult(
+        plan.base.name, plan.base.origin, before, after, sample, len(log.steps),
+        sum(record.tokens for record in log.steps), train_s, time.perf_counter() - start,
+        trainer.peak_rss_bytes(), {name: plan.config.out / name for name in RESULT_FILES},
+    )  # fmt: skip
 
 
 def build_trainer(
@@ -203,6 +273,7 @@ def build_trainer(
         ),
         processing_class=plan.tokenizer,
         group_by_length=config.group_by_length,
+        skip_non_finite=config.non_finite == "skip",
         callbacks=[callback],
         optimizer_cls_and_kwargs=(
             AdamW8bit, {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -215,6 +286,8 @@ def build_trainer(
 def _write(plan: Plan, model: PeftModel, log: MetricsLog, result: RunResult) -> None:
     """Write everything; run.json goes last, so a folder with it is a whole run."""
     out = plan.config.out
+    for name in RESULT_FILES:
+        remove_leftovers(out, name)
     (out / "run.json").unlink(missing_ok=True)
     with replace_folder(out / "adapter") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
@@ -222,7 +295,7 @@ def _write(plan: Plan, model: PeftModel, log: MetricsLog, result: RunResult) -> 
     log.close()
     with replace_file(out / "loss.png") as file:
         draw_loss_curve(file, f"{result.base_name}, 4-bit QLoRA", log.steps, log.evals)
-    settings = plan.config.as_dict()
+    settings = plan.config.as_dict() | {"resume": False}
     write_text(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     write_json(
         out / "run.json",
@@ -271,6 +344,41 @@ def quiet_libraries() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _where_it_goes_on(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return "no checkpoint yet: from the beginning"
+    return f"after step {checkpoint.record.step} of {checkpoint.record.steps}"
+
+
+@contextlib.contextmanager
+def _abandoned_on_error(log: MetricsLog) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        log.abandon()
+        raise
+
+
+@contextlib.contextmanager
+def _told_what_is_saved(out: Path) -> Iterator[None]:
+    """A signal, a full disk and a step that is not finite say what is saved and how to go on."""
+    try:
+        yield
+    except Interrupted as stop:
+        command = f"halfbyte finetune --out {shlex.quote(str(out))} --resume"
+        saved = saving.last_checkpoint(out)
+        raise Interrupted(
+            stop.number,
+            f"stopped; {saved}" + (f"; go on with: {command}" if checkpoints.found(out) else ""),
+        ) from None
+    except NonFinite as error:
+        raise FinetuneError(f"{error}; {saving.last_checkpoint(out)}") from None
+    except Exception as error:
+        if isinstance(error, FinetuneError) or not is_disk_full(error):
+            raise
+        raise FinetuneError(f"the disk is full: {error}; {saving.last_checkpoint(out)}") from None
 
 
 def _answer(plan: Plan, model: PeftModel) -> str | None:

@@ -9,35 +9,53 @@ backbone hands the head the C hidden states that have a label, as one sequence:
 
 (the extra position pays for the head's own shift by one). Losses and gradients are the same sums;
 soft-capping, logit scales and auxiliary losses stay TRL's.
+
+A step whose loss or gradients are not finite changes nothing: it ends the run or is skipped.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from halfbyte.finetune import saving
+from halfbyte.finetune.checkpoints import Checkpoint
 from halfbyte.finetune.encode import IGNORED
-from halfbyte.finetune.errors import FinetuneError
+from halfbyte.finetune.errors import NonFinite
+from halfbyte.finetune.interruption import Interruption
 from halfbyte.finetune.metrics import EvalRecord, MetricsLog, StepRecord, peak_rss_bytes
+from halfbyte.finetune.nonfinite import bad_gradient, bad_tensor
 from halfbyte.finetune.report import Report
 from halfbyte.finetune.sampler import SimilarLengthSampler
+
+SKIPS_IN_A_ROW = 10
 
 
 class CompletionTrainer(SFTTrainer):
     """SFTTrainer whose loss costs what its completion tokens cost.
 
     group_by_length: draw training rows by `SimilarLengthSampler` rather than at random.
+    skip_non_finite: skip a step that is not finite, rather than raise NonFinite.
     """
 
-    def __init__(self, *args: Any, group_by_length: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, group_by_length: bool, skip_non_finite: bool, **kwargs: Any
+    ) -> None:
         self._group_by_length = group_by_length
+        self._skip_non_finite = skip_non_finite
         super().__init__(*args, **kwargs)
+        self.checkpoint: Checkpoint | None = None  # where this run goes on from
+        self.save: Callable[[], object] | None = None  # writes a checkpoint
+        self.skipped: str | None = None  # why the last step was
+        self._skips = 0  # in a row
+        self._bad_loss: str | None = None
         self._learned: torch.Tensor | None = None  # [B, T - 1]: position t predicts a label
         self._counts = [0, 0]  # tokens, completion tokens
         self.model.get_base_model().base_model.register_forward_hook(self._keep_learned)
@@ -72,17 +90,54 @@ class CompletionTrainer(SFTTrainer):
         return SimilarLengthSampler(lengths, batch, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward. Raises FinetuneError on a loss of inf or nan, before any update."""
+        """Forward and backward. A loss of inf or nan is noted for `_clip_grad_norm`, and 0 here."""
         loss = super().training_step(*args, **kwargs)
         inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
         self._counts[0] += int(inputs["attention_mask"].sum())
         self._counts[1] += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        if not torch.isfinite(loss):
-            raise FinetuneError(
-                f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}; "
+        if torch.isfinite(loss):
+            return loss
+        if self._bad_loss is None:
+            where = bad_tensor(self.model.get_base_model().base_model, inputs)
+            self._bad_loss = f"expected a finite loss, got {loss.item()}" + (
+                f": {where}" if where else ""
+            )
+        return torch.zeros_like(loss)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """The norm before clipping; nan if the step is skipped. All that is bad is met here, before
+        the optimizer steps."""
+        problem, self._bad_loss = self._bad_loss, None
+        problem = problem or bad_gradient(self.model)
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(torch.tensor(int(problem is not None)), "sum").item()
+            problem = problem or ("another process's loss is not finite" if bad else None)
+        if problem is None:
+            norm = super()._clip_grad_norm(model)
+            if torch.isfinite(norm):
+                self.skipped, self._skips = None, 0
+                return norm
+            problem = f"expected a finite norm of the gradients, got {norm.item()}"
+        self._skips += 1
+        if not self._skip_non_finite or self._skips == SKIPS_IN_A_ROW:
+            row = f" ({self._skips} steps in a row)" if self._skips > 1 else ""
+            raise NonFinite(
+                f"step {self.state.global_step + 1}: {problem}; nothing was changed{row}; "
                 "try a smaller --lr, a longer --warmup or --dtype fp32"
             )
-        return loss
+        self.skipped = problem
+        model.zero_grad()  # without gradients the optimizer leaves everything as it is
+        return torch.tensor(torch.nan)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer calls this where `CheckpointCallback` asked for it."""
+        assert self.save is not None
+        self.save()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer calls this where the uninterrupted run would be about to make the next step."""
+        if self.checkpoint is not None:
+            saving.restore_generators(self.checkpoint)
 
     def take_counts(self) -> tuple[int, int]:
         """Tokens and completion tokens that all processes trained on since the last call."""
@@ -144,12 +199,20 @@ class MetricsCallback(TrainerCallback):
     Every record goes to the log first, then to the report.
     """
 
-    def __init__(self, log: MetricsLog, report: Report, eval_every: int | None) -> None:
+    def __init__(
+        self, log: MetricsLog, report: Report, eval_every: int | None, elapsed_s: float = 0.0
+    ) -> None:
         self.log = log
         self.report = report
         self.eval_every = eval_every
         self.trainer: CompletionTrainer | None = None
+        self._elapsed_before = elapsed_s
         self._start = self._last = time.perf_counter()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Training time, that of the run this one goes on from included."""
+        return self._elapsed_before + time.perf_counter() - self._start
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -157,8 +220,22 @@ class MetricsCallback(TrainerCallback):
         """Start the clock; each process drops out its own elements."""
         if args.process_index:
             torch.manual_seed(args.seed + args.process_index)
-        self.report.train_begin(state.max_steps)
+        self.report.train_begin(state.max_steps, state.global_step)
         self._start = self._last = time.perf_counter()
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader,
+        **_: Any,
+    ) -> None:
+        """Tell the sampler, however deep it is wrapped, which epoch it is in."""
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        batches.sampler.set_epoch(int(state.epoch or 0))
 
     def on_log(
         self,
@@ -171,18 +248,21 @@ class MetricsCallback(TrainerCallback):
         """Record one step, and measure the held-out loss when it is due."""
         if "loss" not in logs:
             return
+        state.log_history.clear()  # the records are in the log
+        skipped = self.trainer.skipped
+        if skipped is not None:
+            self.report.fact("skipped", f"step {state.global_step}: {skipped}")
         tokens, learned = self.trainer.take_counts()
-        now = time.perf_counter()
         record = StepRecord(
             step=state.global_step,
-            loss=float(logs["loss"]),
+            loss=float(logs["loss"]) if skipped is None else math.nan,
             lr=float(logs["learning_rate"]),
             grad_norm=float(logs["grad_norm"]),
             tokens=tokens,
             completion_tokens=learned,
-            tokens_per_s=tokens / (now - self._last),
+            tokens_per_s=tokens / (time.perf_counter() - self._last),
             peak_rss_bytes=self.trainer.peak_rss_bytes(),
-            elapsed_s=now - self._start,
+            elapsed_s=self.elapsed_s,
         )
         self._emit(record)
         due = self.eval_every and state.global_step % self.eval_every == 0
@@ -196,11 +276,29 @@ class MetricsCallback(TrainerCallback):
         if self.trainer.eval_dataset is None:
             return None
         loss, tokens = self.trainer.held_out_loss()
-        elapsed = time.perf_counter() - self._start if step else 0.0
-        record = EvalRecord(step, loss, tokens, elapsed)
+        record = EvalRecord(step, loss, tokens, self.elapsed_s if step else 0.0)
         self._emit(record)
         return record
 
     def _emit(self, record: StepRecord | EvalRecord) -> None:
         self.log.write(record)
         self.report.record(record)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Says when a checkpoint is due: every `save_every` steps (0: never) and when interrupted."""
+
+    def __init__(self, save_every: int, interruption: Interruption) -> None:
+        self.save_every = save_every
+        self.interruption = interruption
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Trainer records, evaluates and then saves the step that was made."""
+        due = self.save_every and state.global_step % self.save_every == 0
+        stop = self.interruption.pending is not None
+        if stop:
+            control.should_training_stop = True
+        if stop or (due and state.global_step < state.max_steps):
+            control.should_save = True
