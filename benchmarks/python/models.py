@@ -115,13 +115,12 @@ def add_adapter(system: str, model, rank: int, started: bool = False):
 
     from halfbyte.integrations import peft as bridge
 
-    if system == "halfbyte":
-        bridge.enable()
+    if system != "halfbyte":
+        bridge.disable()
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     model = peft.get_peft_model(model, settings)
-    if system == "halfbyte":
-        bridge.disable()
+    bridge.enable()
     if started:
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.errors import Interrupted
@@ -52,8 +53,13 @@ class At(Report):
 
 
 def run(inputs: Path, out: Path, report: Report | None = None, **changes) -> None:
-    """Run to the end."""
-    finetune(FinetuneConfig.load(None, **settings(inputs, out, **changes)), report)
+    """Run to the end; on one thread, as subprocesses do: torch's sums depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        finetune(FinetuneConfig.load(None, **settings(inputs, out, **changes)), report)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def stop(inputs: Path, out: Path, step: int, number=signal.SIGTERM, **changes) -> Interrupted:
