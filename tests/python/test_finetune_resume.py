@@ -136,7 +136,15 @@ def test_resume_before_the_first_checkpoint_starts(inputs, tmp_path):
     assert report.facts["resume"] == "no checkpoint yet: from the beginning"
 
 
-def test_the_command_line(inputs, tmp_path, monkeypatch):
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_command_line(inputs, tmp_path, monkeypatch, one_thread):
     """One line and the signal's exit code; `--out OUT --resume` needs no other flag."""
     out = tmp_path / "out"
     run(inputs, tmp_path / "whole", steps=4)
