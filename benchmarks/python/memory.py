@@ -10,7 +10,7 @@ holds then, `baseline`, is Python and the libraries; then it loads, and trains a
 is the most it holds in a step, `loading` the most before; in between it gives back the free heap
 that loading left, `left`. "freed returned" is the same process with glibc told to return freed
 blocks (MALLOC_TRIM_THRESHOLD_), `plan` what `halfbyte plan` predicts on top of the baseline.
-bitsandbytes runs in bfloat16 only. Writes memory.csv.
+The peers run in bfloat16 only. Writes memory.csv.
 
 Example: python -m benchmarks.python.memory --sequence 128 --systems halfbyte
 """
@@ -60,11 +60,14 @@ def write_model(shape: memory_plan.Shape, folder: Path, dtype: torch.dtype) -> P
 def start(system: str, folder: Path, options) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A system's model and optimizer, ready for its first step."""
     from halfbyte.integrations.peft import prepare_model_for_training
+    from halfbyte.integrations.streaming import load_model
+    from halfbyte.integrations.transformers import NF4Config
 
-    system = system.split(",")[0]
-    model = models.load_base(system, folder)
-    if options.dtype != "bfloat16":
-        model = model.to(getattr(torch, options.dtype))
+    system, dtype = system.split(",")[0], getattr(torch, options.dtype)
+    if system == "halfbyte":
+        model = load_model(folder, dtype=dtype, config=NF4Config())
+    else:
+        model = models.load_base(system, folder)
     if options.checkpointing:
         prepare_model_for_training(model)
     model = models.add_adapter(system, model, options.rank).train()
