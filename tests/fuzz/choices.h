@@ -4,6 +4,7 @@
 // exist is beyond any check. Shapes shrink, turn negative, or grow past what can be counted.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -96,20 +97,34 @@ struct Outcome {
   bool guards_hold = true;
 };
 
+// Of an output's elements, the root mean square, and at least 1: an element that cancels to less
+// carries the error of its terms.
+inline double usual_size(const std::vector<double>& values) {
+  double squares = 0, count = 0;
+  for (double value : values) {
+    if (!std::isfinite(value)) continue;
+    squares += value * value;
+    ++count;
+  }
+  return std::sqrt(std::max(1.0, count > 0 ? squares / count : 0.0));
+}
+
 inline std::string compare(const Outcome& got, const Outcome& want, double tolerance) {
   if (got.error != want.error)
     return "error '" + got.error + "', the reference's '" + want.error + "'";
   if (!got.guards_hold || !want.guards_hold) return "wrote outside of its outputs";
   if (!got.error.empty()) return "";
   if (got.bytes != want.bytes) return "other bytes than the reference's";
-  for (size_t i = 0; i < got.values.size(); ++i)
+  for (size_t i = 0; i < got.values.size(); ++i) {
+    const double usual = usual_size(want.values[i]);
     for (size_t j = 0; j < got.values[i].size(); ++j) {
       const double a = got.values[i][j], b = want.values[i][j];
       const bool near = std::isfinite(a) && std::isfinite(b)
-                            ? std::fabs(a - b) <= tolerance * (1 + std::fabs(b))
+                            ? std::fabs(a - b) <= tolerance * (usual + std::fabs(b))
                             : std::isfinite(a) == std::isfinite(b);
       if (!near) return concat("output ", i, "[", j, "] is ", a, ", the reference's ", b);
     }
+  }
   return "";
 }
 

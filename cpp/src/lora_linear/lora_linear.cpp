@@ -33,16 +33,31 @@ int64_t multiply_adds(const BackwardArgs& args) {
   return args.dy.rows * args.weight.count;
 }
 
+// Why bf16 arithmetic is not for this product.
 template <class Args>
-std::string needs_avx512bf16(const Args& args) {
-  if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vbmi)
-    return "needs AVX512-BF16 and AVX512-VBMI";
+std::string needs_bf16_work(const Args& args) {
   if (activation_dtype(args) != DType::kBFloat16)
     return std::string("bf16 arithmetic is for bfloat16 activations, these are ") +
            dtype_name(activation_dtype(args));
   if (multiply_adds(args) < kSmallProduct)
     return concat("fp32 arithmetic is as fast and more exact below ", kSmallProduct,
                   " multiply-adds, this product has ", multiply_adds(args));
+  return "";
+}
+
+template <class Args>
+std::string needs_amx(const Args& args) {
+  if (!cpu_features().amx_bf16 || !cpu_features().avx512_vbmi)
+    return "needs AMX-TILE, AMX-BF16 and AVX512-VBMI";
+  return needs_bf16_work(args);
+}
+
+template <class Args>
+std::string needs_avx512bf16(const Args& args) {
+  if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vbmi)
+    return "needs AVX512-BF16 and AVX512-VBMI";
+  const std::string why_not = needs_bf16_work(args);
+  if (!why_not.empty()) return why_not;
   if (bf16_speedup() < kWorthwhileSpeedup)
     return concat("bf16 arithmetic was measured at ", bf16_speedup(),
                   " times the speed of fp32 on this processor");
@@ -60,6 +75,7 @@ void backward(const BackwardArgs& args) {
 
 const Variant<ForwardArgs> kForwardTable[] = {
 #if defined(__x86_64__)
+    {"amx", needs_amx, forward<panel_kernels_amx>},
     {"avx512bf16", needs_avx512bf16, forward<panel_kernels_avx512bf16>},
     {"avx512", needs_avx512, forward<panel_kernels_avx512>},
     {"avx2", needs_avx2, forward<panel_kernels_avx2>},
@@ -70,6 +86,7 @@ const Variant<ForwardArgs> kForwardTable[] = {
 
 const Variant<BackwardArgs> kBackwardTable[] = {
 #if defined(__x86_64__)
+    {"amx", needs_amx, backward<panel_kernels_amx>},
     {"avx512bf16", needs_avx512bf16, backward<panel_kernels_avx512bf16>},
     {"avx512", needs_avx512, backward<panel_kernels_avx512>},
     {"avx2", needs_avx2, backward<panel_kernels_avx2>},
@@ -196,6 +213,18 @@ BackwardArgs checked_backward(const LoraLinearBackwardParams& params) {
 }
 
 }  // namespace
+
+#if defined(__x86_64__)
+const PanelKernels& panel_kernels_amx() {
+  static const PanelKernels kernels = [] {
+    PanelKernels tiled = panel_kernels_avx512bf16();
+    tiled.multiply = multiply_amx;
+    tiled.most_few_rows = 3;
+    return tiled;
+  }();
+  return kernels;
+}
+#endif
 
 void lora_linear_forward(const LoraLinearParams& params) {
   ForwardArgs args = checked_forward(params);

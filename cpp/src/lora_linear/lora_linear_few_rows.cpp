@@ -53,8 +53,9 @@ void compute_slice(const PanelKernels& kernels, const ForwardArgs& args, const v
 
 }  // namespace
 
-bool few_rows_fit(const ForwardArgs& args) {
-  return args.x.rows <= kFewRows && args.x.cols % 64 == 0 && args.weight.block_shift >= 6;
+bool few_rows_fit(const PanelKernels& kernels, const ForwardArgs& args) {
+  return args.x.rows <= kernels.most_few_rows && args.x.cols % 64 == 0 &&
+         args.weight.block_shift >= 6;
 }
 
 void forward_with_few_rows(const PanelKernels& kernels, const ForwardArgs& args) {

@@ -136,20 +136,26 @@ struct PanelKernels {
   // sum_k drop(a[row_a, k]) b[row_b, k]
   float (*dot_rows)(const Matrix& a, int64_t row_a, const Matrix& b, int64_t row_b,
                     const DropoutMask& mask);
+  // Up to so many rows `few_rows` is faster than panels; at most kFewRows.
+  int64_t most_few_rows = kFewRows;
 };
 
 const PanelKernels& panel_kernels_portable();
 const PanelKernels& panel_kernels_avx2();
 const PanelKernels& panel_kernels_avx512();
 const PanelKernels& panel_kernels_avx512bf16();
+const PanelKernels& panel_kernels_amx();
+
+// `multiply` of AMX-BF16 over the panels of AVX512-BF16.
+void multiply_amx(const PanelProduct& product);
 
 // How many times faster bf16 pairs are than fp32 units on this processor, measured once. Call it
 // only where AVX512-BF16 is there.
 double bf16_speedup();
 
 void forward_with_panels(const PanelKernels& kernels, const ForwardArgs& args);
-// M <= kFewRows, K % 64 == 0, blocks of at least 64.
-bool few_rows_fit(const ForwardArgs& args);
+// Few enough rows for these kernels, K % 64 == 0, blocks of at least 64.
+bool few_rows_fit(const PanelKernels& kernels, const ForwardArgs& args);
 void forward_with_few_rows(const PanelKernels& kernels, const ForwardArgs& args);
 void backward_with_panels(const PanelKernels& kernels, const BackwardArgs& args);
 void forward_reference(const ForwardArgs& args);

@@ -414,7 +414,7 @@ void run_outer(const Driver& driver, const OuterProduct& o) {
 }  // namespace
 
 void forward_with_panels(const PanelKernels& kernels, const ForwardArgs& args) {
-  if (few_rows_fit(args)) return forward_with_few_rows(kernels, args);
+  if (few_rows_fit(kernels, args)) return forward_with_few_rows(kernels, args);
   const Driver driver{kernels, args.threads};
   const Staged x = stage(driver, args.x);
   Staged t;

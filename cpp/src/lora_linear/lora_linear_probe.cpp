@@ -76,7 +76,7 @@ double peak_gflops(DType dtype, int threads) {
   if (cpu_features().avx2_fma_f16c) kernels = &panel_kernels_avx2();
   if (cpu_features().avx512) kernels = &panel_kernels_avx512();
   if (dtype == DType::kBFloat16 && cpu_features().avx512_bf16 && cpu_features().avx512_vbmi)
-    kernels = &panel_kernels_avx512bf16();
+    kernels = cpu_features().amx_bf16 ? &panel_kernels_amx() : &panel_kernels_avx512bf16();
 #else
   (void)dtype;
 #endif

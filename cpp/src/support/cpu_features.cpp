@@ -4,7 +4,22 @@
 
 #include "halfbyte/device.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace halfbyte {
+
+// The kernel saves the 8 KB of tiles only for processes that have asked for it.
+static bool tiles_are_permitted() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 static CpuFeatures probe() {
   CpuFeatures found;
@@ -18,6 +33,8 @@ static CpuFeatures probe() {
   found.avx512_bf16 = found.avx512 && __builtin_cpu_supports("avx512bf16");
   found.avx512_vbmi = found.avx512 && __builtin_cpu_supports("avx512vbmi");
   found.avx512_vnni = found.avx512 && __builtin_cpu_supports("avx512vnni");
+  found.amx_bf16 = found.avx512_bf16 && __builtin_cpu_supports("amx-tile") &&
+                   __builtin_cpu_supports("amx-bf16") && tiles_are_permitted();
 #endif
   return found;
 }
@@ -29,11 +46,9 @@ const CpuFeatures& cpu_features() {
 
 std::vector<std::pair<std::string, bool>> cpu_feature_list() {
   const CpuFeatures& f = cpu_features();
-  return {{"avx2+fma+f16c", f.avx2_fma_f16c},
-          {"avx512f+bw+dq+vl", f.avx512},
-          {"avx512_bf16", f.avx512_bf16},
-          {"avx512_vbmi", f.avx512_vbmi},
-          {"avx512_vnni", f.avx512_vnni}};
+  return {{"avx2+fma+f16c", f.avx2_fma_f16c}, {"avx512f+bw+dq+vl", f.avx512},
+          {"avx512_bf16", f.avx512_bf16},     {"avx512_vbmi", f.avx512_vbmi},
+          {"avx512_vnni", f.avx512_vnni},     {"amx_bf16", f.amx_bf16}};
 }
 
 }  // namespace halfbyte

@@ -11,6 +11,7 @@ struct CpuFeatures {
   bool avx512_bf16 = false;  // on top of avx512
   bool avx512_vbmi = false;
   bool avx512_vnni = false;
+  bool amx_bf16 = false;  // on top of avx512_bf16, and the kernel lets this process use tiles
 };
 
 const CpuFeatures& cpu_features();

@@ -7,7 +7,8 @@ namespace halfbyte {
 
 // Every variant name in the tree: a plain forced name that one op lacks is fine for that op when
 // another op has it (quantization has no bf16 arithmetic of its own, for one).
-static const char* const kKnownNames[] = {"reference", "portable", "avx2", "avx512", "avx512bf16"};
+static const char* const kKnownNames[] = {"reference", "portable",   "avx2",
+                                          "avx512",    "avx512bf16", "amx"};
 
 std::string forced_variant(const char* op) {
   const char* setting = std::getenv("HALFBYTE_FORCE_VARIANT");
