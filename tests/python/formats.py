@@ -91,3 +91,18 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of `want`."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def bitsandbytes_values(weight) -> torch.Tensor:
+    """What a `Params4bit` of bitsandbytes means, by its format: its own kernels for processors with
+    AVX-512 take wrong scales where rows are not whole blocks."""
+    state, flat = weight.quant_state, weight.data.view(torch.uint8).flatten()
+    codes = torch.stack((flat >> 4, flat & 15), 1).flatten().int()
+    absmax = state.absmax
+    if state.nested:
+        second = state.state2
+        outer = second.absmax.repeat_interleave(second.blocksize)[: len(absmax)]
+        absmax = second.code[absmax.int()] * outer + state.offset
+    count = state.shape.numel()
+    scales = absmax.repeat_interleave(state.blocksize)[:count]
+    return (state.code[codes[:count]] * scales).view(state.shape).to(state.dtype)

@@ -31,6 +31,8 @@ from halfbyte.integrations.safetensors_files import INDEX
 from halfbyte.integrations.streaming import load_model
 from tiny_model import build_config, build_tokenizer, save_gguf, save_model
 
+pytestmark = pytest.mark.usefixtures("plain_bitsandbytes")
+
 TOKENS = torch.arange(3, 15).view(2, 6)
 UNTIED = {"tie_word_embeddings": False, "vocab_size": 321, "intermediate_size": 101}
 

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from formats import relative_error, same_bits
+from formats import bitsandbytes_values, relative_error, same_bits
 from halfbyte import checkpoint
-from halfbyte.integrations.bitsandbytes import give_back, take_over
+from halfbyte.integrations.bitsandbytes import give_back, take_over, taken_over
 from halfbyte.nn import NF4Linear
 from tiny_model import build_config
+
+pytestmark = pytest.mark.usefixtures("plain_bitsandbytes")
 
 TOKENS = torch.arange(3, 15).view(2, 6)
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": False}
@@ -96,7 +98,7 @@ def compare(ours, theirs, kind) -> None:
     layers = {n: m for n, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert packed_names(ours) == set(layers)
     for name, layer in layers.items():
-        dense = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        dense = bitsandbytes_values(layer.weight)
         # fp4 has two zeros, and theirs may be negative: equal values, not equal bits.
         assert torch.equal(dense, ours.get_submodule(name).dequantize()), name
     compute = kind.get("bnb_4bit_compute_dtype", torch.float32)
@@ -178,6 +180,22 @@ def test_taking_over_is_one_entry_that_is_given_back():
     give_back()
     give_back()
     assert stock is AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is Bnb4BitHfQuantizer
+
+
+def test_for_a_while_leaves_all_as_it_was():
+    def current() -> type:
+        return AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+
+    stock = current()
+    with pytest.raises(KeyError), taken_over():
+        ours = current()
+        raise KeyError
+    assert current() is stock is not ours
+    take_over()
+    with taken_over():
+        pass
+    assert current() is ours
+    give_back()
 
 
 def test_scripts_find_what_they_look_for(folder, taken):

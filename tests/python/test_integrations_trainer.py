@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import halfbyte
-from halfbyte.integrations import peft as halfbyte_peft
 from halfbyte.optim import AdamW8bit, AdamW32bit, NonFiniteGradient, PagedAdamW8bit
 from optim_cases import assert_same_state
 from tiny_model import build_config, build_tokenizer
@@ -24,13 +23,6 @@ STEPS, SAVED = 6, 3
 OPTIMIZERS = [PagedAdamW8bit, AdamW8bit, AdamW32bit]
 # Every tensor in 8 bits, however small: these adapters are tiny.
 EIGHT_BIT = {"min_8bit_size": 0}
-
-
-@pytest.fixture(autouse=True)
-def _fused_layers():
-    halfbyte_peft.enable()
-    yield
-    halfbyte_peft.disable()
 
 
 def build_model(seed: int = 0) -> peft.PeftModel:
@@ -182,7 +174,6 @@ def test_resumes_in_another_process(tmp_path):
         "import sys, torch\n"
         "from pathlib import Path\n"
         "import test_integrations_trainer as t\n"
-        "t.halfbyte_peft.enable()\n"
         "folder = Path(sys.argv[1])\n"
         "trainer = t.build_sft_trainer(folder / 'b', t.PagedAdamW8bit, t.EIGHT_BIT, seed=5)\n"
         "trainer.train(resume_from_checkpoint=t.checkpoint(folder / 'a'))\n"

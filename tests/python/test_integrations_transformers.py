@@ -29,9 +29,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQ
 
 import halfbyte
 import halfbyte.integrations.bitsandbytes
-from formats import relative_error, same_bits
+from formats import bitsandbytes_values, relative_error, same_bits
 from halfbyte.nn import NF4Linear
 from tiny_model import build_config
+
+pytestmark = pytest.mark.usefixtures("plain_bitsandbytes")
 
 TOKENS = torch.arange(3, 15).view(2, 6)
 
@@ -395,13 +397,11 @@ def test_stock_bitsandbytes_loads_what_is_saved(folder, tmp_path, stock, options
     layers = {n for n, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert layers == packed_names(model)
     for name in layers:
-        weight = theirs.get_submodule(name).weight
-        dense = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        dense = bitsandbytes_values(theirs.get_submodule(name).weight)
         # fp4 has two zeros, and theirs may be negative: equal values, not equal bits.
         assert torch.equal(dense, model.get_submodule(name).dequantize())
-    assert relative_error(logits(model), logits(theirs)) <= (
-        2e-2 if "compute_dtype" in options else 1e-5
-    )
+    if options.get("block_size", 64) <= 64:  # rows of whole blocks
+        assert relative_error(logits(model), logits(theirs)) <= 1e-5
 
 
 def test_one_folder_is_stock_s_without_halfbyte_and_halfbyte_s_with_it(folder, tmp_path):

@@ -114,6 +114,7 @@ def fork(work) -> int:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # torch's own operations do not survive a fork on several
             os._exit(0 if work() else 1)
         finally:
             os._exit(2)
@@ -139,7 +140,7 @@ def test_a_forked_childs_child_computes_too():
 
 
 def _train_and_send(connection) -> None:
-    torch.set_num_threads(1)  # torch's own operations do not survive a fork on several
+    torch.set_num_threads(1)  # as in `fork`
     connection.send([tensor.numpy() for tensor in [*train(5, 3), *native_calls(2)]])
 
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import halfbyte
-from formats import same_bits
+from formats import bitsandbytes_values, same_bits
 from halfbyte.integrations.experts import NF4Experts
 from halfbyte.integrations.packed_folder import write_packed_folder
 from halfbyte.integrations.safetensors_files import ModelFileError, mapping_of
@@ -237,10 +237,9 @@ def test_bitsandbytes_folders_keep_their_bytes(bnb_folders, kind):
             layer = ours.get_submodule(name)
             assert isinstance(layer, NF4Linear), name
             assert same_bits(layer.weight.view(-1), module.weight.view(torch.uint8).view(-1))
+            assert torch.equal(layer.dequantize(), bitsandbytes_values(module.weight))
             count += 1
     assert count == sum(isinstance(m, NF4Linear) for m in ours.modules())
-    reference = logits(theirs)
-    assert (logits(ours) - reference).norm() < 1e-4 * reference.norm()
 
 
 # --- what is refused ------------------------------------------------------------------------------

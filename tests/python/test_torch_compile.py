@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import halfbyte
-from halfbyte.integrations import peft as halfbyte_peft
+import halfbyte.calibrate  # registers operators of its own
 from tiny_model import build_config
 
 BATCH, LENGTH = 2, 9
@@ -16,9 +16,7 @@ BATCH, LENGTH = 2, 9
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
-    halfbyte_peft.enable()
     yield
-    halfbyte_peft.disable()
     torch._dynamo.reset()
 
 
@@ -179,6 +177,22 @@ def dequantize_4bit_cases(dtype):
 
 def dequantize_4bit_into_cases(dtype):
     yield *_weight().op_args(), torch.zeros(OUT, IN, dtype=dtype)
+
+
+def search_scales_cases(dtype):
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for codebook in ("nf4", "fp4"):
+        yield weight, torch.rand(IN), codebook, 32
+
+
+def feedback_codes_cases(dtype):
+    if dtype is not torch.float32:
+        return
+    weight, scales = torch.randn(OUT, IN), torch.rand(-(-OUT * IN // 32))
+    for triangular in (True, False):
+        coefficients = torch.rand(IN, IN) / IN
+        order, errors = torch.arange(IN), torch.zeros(OUT, IN)
+        yield weight, scales, coefficients, order, triangular, "nf4", 32, errors
 
 
 CASES = {

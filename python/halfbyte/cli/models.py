@@ -110,7 +110,6 @@ def load_model(
     from halfbyte.integrations import bitsandbytes
     from halfbyte.integrations.transformers import NF4Config
 
-    bitsandbytes.take_over()
     options: dict[str, Any] = {"dtype": _compute_dtype(dtype), "local_files_only": True}
     config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
     quantized = getattr(config, "quantization_config", None) is not None
@@ -118,9 +117,10 @@ def load_model(
         raise FinetuneError(f"base {base.source}: is quantized already and keeps its format")
     if not dense and not quantized:
         options["quantization_config"] = NF4Config(block_size=block_size or 64)
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        base.folder, output_loading_info=True, **options
-    )
+    with bitsandbytes.taken_over():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base.folder, output_loading_info=True, **options
+        )
     if missing := sorted(loading["missing_keys"]):
         raise FinetuneError(
             f"base {base.source}: {len(missing)} tensors are absent, the first is {missing[0]}"

@@ -7,12 +7,15 @@ From then on `BitsAndBytesConfig(load_in_4bit=True, ...)` and folders saved with
 load as halfbyte models, also where bitsandbytes is not installed. Checkpoints keep their bytes, and
 what is saved is what bitsandbytes would have saved. 8-bit configs are left to bitsandbytes.
 
-One entry of transformers' registry of quantizers is exchanged; `give_back()` puts the old one back.
+One entry of transformers' registry of quantizers is exchanged; `give_back()` puts the old one back,
+and `with taken_over():` does so at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -77,3 +80,14 @@ def take_over() -> None:
 def give_back() -> None:
     """Leave them to bitsandbytes again; models loaded meanwhile stay as they are."""
     AUTO_QUANTIZER_MAPPING[_KEY] = _stock
+
+
+@contextlib.contextmanager
+def taken_over() -> Iterator[None]:
+    """`take_over()` for a while; afterwards all is as it was before."""
+    before = AUTO_QUANTIZER_MAPPING[_KEY]
+    take_over()
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING[_KEY] = before
