@@ -211,7 +211,7 @@ def kernels() -> dict[str, Kernel]:
             made[f"few rows, {tokens} tokens, r={r}"] = run.fit(
                 "few_rowsI", forward(tokens, 16, 1024, r), forward(tokens, 16, 3072, r), (8, 24)
             )
-    made["skinny"] = run.fit("skinnyI", forward(64, 8, 64, 16), forward(64, 8, 96, 16), (2, 3))
+    made["skinny"] = run.fit("skinny_mmaI", forward(64, 8, 64, 16), forward(64, 8, 96, 16), (2, 3))
     made["sum partials"] = run.fit(
         "sum_partials", forward(64, 64, 512), forward(64, 64, 768), (16 * 2, 16 * 3)
     )

@@ -19,4 +19,12 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], uint32_t address
                : "memory");
 }
 
+// The same of matrices whose rows become columns: elements 2 q and 2 q + 1 of COLUMN g.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&out)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+}
+
 }  // namespace halfbyte::cuda

@@ -33,18 +33,23 @@ struct DecodeTables {
   float offset;    // the same; 0 without them
 };
 
-// By all threads of the block; a barrier follows. A checkpoint's own tables are used as stored. The
-// offset is set in any case: it may be read before it is known whether it counts.
-static __device__ __forceinline__ void load_decode_tables(const Weight& weight,
-                                                          DecodeTables& tables) {
+// By all kThreads threads of the block; a barrier follows. A checkpoint's own tables are used as
+// stored. The offset is set in any case: it may be read before it is known whether it counts.
+template <int kThreads>
+__device__ __forceinline__ void load_decode_tables(const Weight& weight, DecodeTables& tables) {
+  static_assert(kThreads >= 16 && 256 % kThreads == 0, "");
   const Nf4Bits& bits = weight.bits;
   const uint32_t* standard = kStandardLevels.bits[static_cast<int>(weight.codebook)];
-  for (unsigned i = threadIdx.x; i < 16; i += blockDim.x)
-    tables.levels[i] = bits.levels ? bits.levels[i] : __uint_as_float(standard[i]);
-  if (threadIdx.x == 0) tables.offset = bits.absmax ? 0.0f : *bits.offset;
+  const int thread = threadIdx.x;
+  if (thread < 16)
+    tables.levels[thread] = bits.levels ? bits.levels[thread] : __uint_as_float(standard[thread]);
+  if (thread == 0) tables.offset = bits.absmax ? 0.0f : *bits.offset;
   if (bits.absmax) return;
-  for (unsigned i = threadIdx.x; i < 256; i += blockDim.x)
+#pragma unroll
+  for (int part = 0; part < 256 / kThreads; ++part) {
+    const int i = part * kThreads + thread;
     tables.map[i] = bits.nested_map ? bits.nested_map[i] : __uint_as_float(kSignedMap.bits[i]);
+  }
 }
 
 static __device__ __forceinline__ float block_scale(const Nf4Bits& bits, const DecodeTables& tables,

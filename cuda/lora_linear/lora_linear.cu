@@ -146,8 +146,7 @@ constexpr Dropout kNoDropout = {nullptr, 0, 1.0f};
 SkinnyProduct skinny(int64_t I, int64_t J, int64_t D, const SkinnyOperand& left,
                      const SkinnyOperand& right, float alpha, const Operand& out, int64_t out_i,
                      int64_t out_j) {
-  SkinnyProduct product = {I, J, D, left, right, alpha, out, out_i, out_j, false, nullptr, 1};
-  product.exact = left.matrix.dtype == DType::kFloat32;
+  SkinnyProduct product = {I, J, D, left, right, alpha, out, out_i, out_j, nullptr, 1};
   product.splits = skinny_splits(product);
   return product;
 }

@@ -26,7 +26,9 @@ constexpr int kRun = 8;
 template <class Element>
 __device__ __forceinline__ void fill_left(Element* left, const Product& p, int64_t m0, int64_t d0) {
   const Element* data = static_cast<const Element*>(p.left.data);
-  for (int i = threadIdx.x; i < kRows * kStep; i += kThreads) {
+#pragma unroll 4
+  for (int part = 0; part < kRows * kStep / kThreads; ++part) {
+    const int i = part * kThreads + threadIdx.x;
     const int row = i / kStep, d = i % kStep;
     const bool inside = m0 + row < p.M && d0 + d < p.D;
     left[row * kStride + d] = inside ? data[(m0 + row) * p.D + d0 + d] : from_float<Element>(0.0f);
@@ -40,7 +42,9 @@ __device__ __forceinline__ void fill_weight(Element* weight, const Product& p,
   const int64_t row0 = p.transposed ? d0 : j0, col0 = p.transposed ? j0 : d0;
   const int64_t rows = p.transposed ? p.D : p.J, cols = p.transposed ? p.J : p.D;
   const int runs = (p.transposed ? kColumns : kStep) / kRun;
-  for (int i = threadIdx.x; i < kColumns * kStep / kRun; i += kThreads) {
+#pragma unroll 1
+  for (int part = 0; part < kColumns * kStep / kRun / kThreads; ++part) {
+    const int i = part * kThreads + threadIdx.x;
     const int row = i / runs, col = i % runs * kRun;
     const int64_t left_over = cols - col0 - col;
     float run[kRun] = {};
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t m0 = int64_t{blockIdx.x} * kRows, j0 = int64_t{blockIdx.y} * kColumns;
   const int64_t warp_j0 = j0 + 8 * kColTiles * warp, steps = (p.D + kStep - 1) / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_decode_tables(p.weight, tables);
+  load_decode_tables<kThreads>(p.weight, tables);
   float sums[kRowTiles][kColTiles][4];
   start_sums(sums, p, split, m0, j0, warp_j0, shared);
 

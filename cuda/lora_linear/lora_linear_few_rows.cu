@@ -3,22 +3,23 @@
 //   block     16 rows of W, eight warps; warp w sums chunks w, w + 8, .. of 128 elements of k
 //   mma       W is the 16-row operand and x the 8-column one, so that no product is wasted on the
 //             16 - M rows that are not there: out^T[n, m] = sum_k W[n, k] x[m, k]
-//   chunk     lane 4 g + q loads 16 bytes of row g and 16 of row g + 8:
+//   chunk     lane 4 g + q loads 8 bytes of each of the two blocks of rows g and g + 8, and the
+//   same
+//             16 elements of x (the order of a sum over k is free):
 //
-//       row g   | q = 0: k 0..31 | q = 1: 32..63 | q = 2: 64..95 | q = 3: 96..127 |
-//                 \____ block 0, one scale _____/  \_____ block 1, another ______/
+//       row g   |   block 0: k 0..63    |   block 1: k 64..127  |
+//               | q=0 | q=1 | q=2 | q=3 | q=0 | q=1 | q=2 | q=3 |    32 bytes, a sector, a block
 //
-//             q = 0, 1 give their upper halves of block 0 to lanes q + 2 and receive lower halves
-//             of block 1, so that all four lanes of a row hold 16 elements of each block; with
-//             them go the same 16 elements of x (the order of a sum over k is free)
+//   scales    four a chunk and four lanes q: lane q reads and decodes that of row g + 8 (q % 2),
+//             block q / 2; shuffles hand them around
 //   decode    a byte is an index into 256 pairs of levels, in 32 copies, one a bank: one
 //             conflict-free word of shared memory for two weights
 //
 // The sum over 64 elements of a block is scaled once, in fp32. Levels are rounded to the type of
 // x, so a weight carries the same relative error as one that is decoded and then rounded.
 //
-// Why it is fast: every byte is read once, 64 neighbouring bytes of a row by four lanes, two chunks
-// ahead of their use; two weights cost a shift, a mask and a load; the tensor cores do the rest.
+// Why it is fast: every byte is read once, two chunks ahead of its use; addresses only advance; two
+// weights cost a shift, a mask, an add and a load; the tensor cores do the rest.
 //
 // Sums: fp32 within a warp, then over the eight warps in their order, then over the splits.
 // Invariants: K % 64 == 0, block size >= 64, x and codes on 16-byte boundaries.
@@ -35,106 +36,118 @@ constexpr int kRows = 16;  // of W, a block
 constexpr int kBlock = 64;
 constexpr int kChunk = 2 * kBlock;  // along k
 
+using Pairs = uint32_t[256][32];
+
 // pairs[byte][bank]: the levels of both nibbles, the first in the lower half.
 template <class Element>
-__device__ __forceinline__ void load_pairs(const DecodeTables& tables, uint32_t (&pairs)[256][32]) {
-  for (int byte = threadIdx.x / 32; byte < 256; byte += kWarps)
-    pairs[byte][threadIdx.x % 32] =
-        pack_pair<Element>(tables.levels[byte >> 4], tables.levels[byte & 15]);
+__device__ __forceinline__ void load_pairs(const DecodeTables& tables, Pairs& pairs) {
+#pragma unroll
+  for (int part = 0; part < 256 * 8 / kThreads; ++part) {
+    const int i = part * kThreads + threadIdx.x;
+    const int byte = i / 8;
+    const uint32_t pair = pack_pair<Element>(tables.levels[byte >> 4], tables.levels[byte & 15]);
+    *reinterpret_cast<uint4*>(&pairs[byte][i % 8 * 4]) = make_uint4(pair, pair, pair, pair);
+  }
 }
 
-__device__ __forceinline__ uint32_t pair_at(const uint32_t (&pairs)[256][32], uint32_t word,
-                                            int byte) {
+__device__ __forceinline__ uint32_t pair_at(const Pairs& pairs, uint32_t word, int byte) {
   const uint32_t offset = byte == 0 ? word << 7 : word >> (8 * byte - 7);
-  const char* base = reinterpret_cast<const char*>(pairs);
-  const uint32_t lane_bytes = 4 * (threadIdx.x % 32);
-  return *reinterpret_cast<const uint32_t*>(base + ((offset & 0x7F80) | lane_bytes));
+  const char* lane_pairs = reinterpret_cast<const char*>(&pairs[0][threadIdx.x % 32]);
+  return *reinterpret_cast<const uint32_t*>(lane_pairs + (offset & 0x7F80));
 }
 
-// What a lane reads of a chunk: rows g and g + 8.
+// What a lane reads of a chunk: codes of rows g and g + 8, and one scale.
 struct Chunk {
-  uint4 codes[2];
-  RawScale scales[2][2];  // [row][block]
+  uint2 codes[2][2];  // [row][block]
+  RawScale scale;
 };
 
-__device__ __forceinline__ Chunk fetch_chunk(const Product& p, const int64_t (&rows)[2],
-                                             int64_t k0) {
-  const int q = threadIdx.x % 4;
-  Chunk chunk;
+// Where a lane reads: from the warp's first chunk on, in steps of kWarps chunks.
+template <class Element, int kTokenTiles>
+struct Place {
+  const uint8_t* codes[2];
+  int64_t scaled;  // an element of the block whose scale this lane reads
+  const Element* x[kTokenTiles];
+
+  __device__ __forceinline__ Place(const Product& p, int64_t n0, int64_t k0) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t element = rows[i] * p.D + k0;
-    chunk.codes[i] = make_uint4(0, 0, 0, 0);
-    if (k0 + 32 * q < p.D)
-      chunk.codes[i] =
-          __ldg(reinterpret_cast<const uint4*>(p.weight.bits.packed + element / 2 + 16 * q));
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = row_inside(p, n0 + g + 8 * i);
+      codes[i] = p.weight.bits.packed + (row * p.D + k0) / 2 + 8 * q;
+    }
+    scaled = row_inside(p, n0 + g + 8 * (q % 2)) * p.D + k0 + q / 2 * kBlock;
 #pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const int64_t first = k0 + b * kBlock < p.D ? element + b * kBlock : element;
-      chunk.scales[i][b] = fetch_scale(p.weight.bits, first >> p.weight.bits.block_shift);
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const int64_t m = 8 * t + g < p.M ? 8 * t + g : p.M - 1;  // a sum that is not stored
+      x[t] = static_cast<const Element*>(p.left.data) + m * p.D + k0 + 16 * q;
     }
   }
+  static __device__ __forceinline__ int64_t row_inside(const Product& p, int64_t row) {
+    return row < p.J ? row : p.J - 1;
+  }
+};
+
+// The next chunk; of the last one of an odd number of blocks the second is not there.
+template <class Element, int kTokenTiles>
+__device__ __forceinline__ Chunk fetch_chunk(Place<Element, kTokenTiles>& place,
+                                             const Nf4Bits& bits, bool whole) {
+  Chunk chunk{};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    chunk.codes[i][0] = __ldg(reinterpret_cast<const uint2*>(place.codes[i]));
+    if (whole)
+      chunk.codes[i][1] = __ldg(reinterpret_cast<const uint2*>(place.codes[i] + kBlock / 2));
+    place.codes[i] += kWarps * kChunk / 2;
+  }
+  if (whole || threadIdx.x % 4 < 2)
+    chunk.scale = fetch_scale(bits, place.scaled >> bits.block_shift);
+  place.scaled += kWarps * kChunk;
   return chunk;
 }
 
-// halves[b]: this lane's 16 elements of block b.
-__device__ __forceinline__ void exchange_halves(uint2 (&halves)[2], uint4 codes) {
-  const bool low = threadIdx.x % 4 < 2;
-  const uint2 kept = low ? make_uint2(codes.x, codes.y) : make_uint2(codes.z, codes.w);
-  const uint2 sent = low ? make_uint2(codes.z, codes.w) : make_uint2(codes.x, codes.y);
-  const uint2 received =
-      make_uint2(__shfl_xor_sync(~0u, sent.x, 2), __shfl_xor_sync(~0u, sent.y, 2));
-  halves[0] = low ? kept : received;
-  halves[1] = low ? received : kept;
-}
-
-// sums[i]: out[n, 8 i + m] of the 16 rows of W.
+// sums[t]: out[n, 8 t + m] of the 16 rows of W.
 template <class Element, int kTokenTiles>
 __device__ __forceinline__ void add_chunk(float (&sums)[kTokenTiles][4], const Chunk& chunk,
-                                          const Product& p, int64_t k0,
-                                          const uint32_t (&pairs)[256][32],
+                                          Place<Element, kTokenTiles>& place, const Nf4Bits& bits,
+                                          bool whole, const Pairs& pairs,
                                           const DecodeTables& tables) {
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  uint2 halves[2][2];  // [row][block]
-#pragma unroll
-  for (int i = 0; i < 2; ++i) exchange_halves(halves[i], chunk.codes[i]);
+  const float scale = scale_value(bits, tables, chunk.scale);
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
-    const int64_t k = k0 + b * kBlock + q % 2 * 32 + q / 2 * 16;
+    if (b == 1 && !whole) break;
     uint4 x[kTokenTiles][2];
     float block_sums[kTokenTiles][4] = {};
 #pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) {
-      const int64_t m = 8 * i + g;
-      const bool inside = m < p.M && k < p.D;
-      const uint4* source =
-          reinterpret_cast<const uint4*>(static_cast<const Element*>(p.left.data) + m * p.D + k);
+    for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) x[i][j] = inside ? __ldg(source + j) : make_uint4(0, 0, 0, 0);
-    }
+      for (int j = 0; j < 2; ++j)
+        x[t][j] = __ldg(reinterpret_cast<const uint4*>(place.x[t] + b * kBlock) + j);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      const uint32_t low = s < 2 ? halves[0][b].x : halves[0][b].y;
-      const uint32_t high = s < 2 ? halves[1][b].x : halves[1][b].y;
+      const uint32_t low = s < 2 ? chunk.codes[0][b].x : chunk.codes[0][b].y;
+      const uint32_t high = s < 2 ? chunk.codes[1][b].x : chunk.codes[1][b].y;
       const int byte = 2 * (s % 2);
       const uint32_t w[4] = {pair_at(pairs, low, byte), pair_at(pairs, high, byte),
                              pair_at(pairs, low, byte + 1), pair_at(pairs, high, byte + 1)};
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-        const uint4 v = x[i][s / 2];
-        mma_m16n8k16<Element>(block_sums[i], w, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const uint4 v = x[t][s / 2];
+        mma_m16n8k16<Element>(block_sums[t], w, s % 2 ? v.z : v.x, s % 2 ? v.w : v.y);
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float scale = scale_value(p.weight.bits, tables, chunk.scales[i][b]);
+      const float row_scale = __shfl_sync(~0u, scale, 2 * b + i, 4);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
-        sums[t][2 * i] = fmaf(scale, block_sums[t][2 * i], sums[t][2 * i]);
-        sums[t][2 * i + 1] = fmaf(scale, block_sums[t][2 * i + 1], sums[t][2 * i + 1]);
+        sums[t][2 * i] = fmaf(row_scale, block_sums[t][2 * i], sums[t][2 * i]);
+        sums[t][2 * i + 1] = fmaf(row_scale, block_sums[t][2 * i + 1], sums[t][2 * i + 1]);
       }
     }
   }
+#pragma unroll
+  for (int t = 0; t < kTokenTiles; ++t) place.x[t] += kWarps * kChunk;
 }
 
 // scale * sum_r T[m, r] B[n, r]
@@ -148,35 +161,36 @@ __device__ __forceinline__ float lora_term(const Product& p, int64_t m, int64_t 
 template <class Element, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_linear_few_rows(const __grid_constant__ Product p) {
-  __shared__ __align__(16) uint32_t pairs[256][32];
+  __shared__ __align__(16) Pairs pairs;
   __shared__ DecodeTables tables;
 
-  // Set-up: this block's rows of W, this split's chunks.
+  // Set-up: this block's rows of W, this split's chunks; the first two of them are on their way
+  // while the tables are made.
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, warp = threadIdx.x / 32;
   const int split = blockIdx.y;
   const int64_t n0 = int64_t{blockIdx.x} * kRows, chunks = (p.D + kChunk - 1) / kChunk;
-  const int64_t begin = chunks * split / p.splits, end = chunks * (split + 1) / p.splits;
-  const int64_t last = p.J - 1;
-  const int64_t rows[2] = {n0 + g < p.J ? n0 + g : last, n0 + g + 8 < p.J ? n0 + g + 8 : last};
-  load_decode_tables(p.weight, tables);
+  const int64_t first = chunks * split / p.splits + warp, end = chunks * (split + 1) / p.splits;
+  const int64_t whole_chunks = p.D / kChunk;
+  const Nf4Bits& bits = p.weight.bits;
+  Place<Element, kTokenTiles> place(p, n0, first * kChunk);
+  Chunk even{}, odd{};
+  if (first < end) even = fetch_chunk(place, bits, first < whole_chunks);
+  if (first + kWarps < end) odd = fetch_chunk(place, bits, first + kWarps < whole_chunks);
+  load_decode_tables<kThreads>(p.weight, tables);
   __syncthreads();
   load_pairs<Element>(tables, pairs);
   __syncthreads();
 
   // Two chunks under way; each is fetched again as soon as it is used.
   float sums[kTokenTiles][4] = {};
-  const int64_t first = begin + warp;
-  Chunk even{}, odd{};
-  if (first < end) even = fetch_chunk(p, rows, first * kChunk);
-  if (first + kWarps < end) odd = fetch_chunk(p, rows, (first + kWarps) * kChunk);
   for (int64_t c = first; c < end; c += 2 * kWarps) {
     const Chunk now = even;
-    if (c + 2 * kWarps < end) even = fetch_chunk(p, rows, (c + 2 * kWarps) * kChunk);
-    add_chunk<Element>(sums, now, p, c * kChunk, pairs, tables);
+    if (c + 2 * kWarps < end) even = fetch_chunk(place, bits, c + 2 * kWarps < whole_chunks);
+    add_chunk(sums, now, place, bits, c < whole_chunks, pairs, tables);
     if (c + kWarps >= end) break;
     const Chunk next = odd;
-    if (c + 3 * kWarps < end) odd = fetch_chunk(p, rows, (c + 3 * kWarps) * kChunk);
-    add_chunk<Element>(sums, next, p, (c + kWarps) * kChunk, pairs, tables);
+    if (c + 3 * kWarps < end) odd = fetch_chunk(place, bits, c + 3 * kWarps < whole_chunks);
+    add_chunk(sums, next, place, bits, c + kWarps < whole_chunks, pairs, tables);
   }
 
   // The warps' sums in their order; the table makes room for them: [warp][m][n].
@@ -195,7 +209,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += shares[w * kOutputs + threadIdx.x];
   if (split == 0 && p.R) sum += lora_term(p, m, n);
-  emit(p, split, m, n, sum);
+  if (p.splits > 1) {
+    p.partials[(split * p.M + m) * p.J + n] = sum;
+    return;
+  }
+  if (p.bias.data) sum += load_element(p.bias, n);
+  static_cast<Element*>(p.out.data)[m * p.J + n] = from_float<Element>(sum);
 }
 
 template <class Element>

@@ -40,7 +40,7 @@ template <class Element>
 __global__ void __launch_bounds__(32 * kWarps)
     lora_linear_few_rows_fma(const __grid_constant__ Product p) {
   __shared__ DecodeTables tables;
-  load_decode_tables(p.weight, tables);
+  load_decode_tables<32 * kWarps>(p.weight, tables);
   __syncthreads();
 
   const int lane = threadIdx.x % 32;
@@ -70,12 +70,14 @@ __global__ void __launch_bounds__(32 * kWarps)
       if (m < p.M) sums[m] = fmaf(p.lora_left[m * p.R + r], b, sums[m]);
   }
 
+  const float bias = p.bias.data ? load_element(p.bias, n) : 0.0f;
+  Element* out = static_cast<Element*>(p.out.data) + n;
 #pragma unroll
   for (int m = 0; m < kMaxTokens; ++m) {
     if (m >= p.M) break;
 #pragma unroll
     for (int step = 16; step; step /= 2) sums[m] += __shfl_xor_sync(~0u, sums[m], step);
-    if (lane == 0) emit(p, 0, m, n, sums[m]);
+    if (lane == 0) out[m * p.J] = from_float<Element>(sums[m] + bias);
   }
 }
 

@@ -31,7 +31,9 @@ __device__ __forceinline__ float rounded(float value, DType dtype) {
 // tile[d][row] = matrix[row0 + row, d0 + d] * scale of a [rows, cols] matrix, 0 outside.
 __device__ __forceinline__ void fill_rows(Tile& tile, const Operand& matrix, int64_t rows,
                                           int64_t cols, int64_t row0, int64_t d0, float scale) {
-  for (int i = threadIdx.x; i < kTile * kStep; i += kThreads) {
+#pragma unroll
+  for (int part = 0; part < kTile * kStep / kThreads; ++part) {
+    const int i = part * kThreads + threadIdx.x;
     const int row = i / kStep, d = i % kStep;
     const bool inside = row0 + row < rows && d0 + d < cols;
     tile[d][row] = inside ? load_element(matrix, (row0 + row) * cols + d0 + d) * scale : 0.0f;
@@ -41,7 +43,9 @@ __device__ __forceinline__ void fill_rows(Tile& tile, const Operand& matrix, int
 // tile[d][col] = matrix[d0 + d, col0 + col] * scale.
 __device__ __forceinline__ void fill_columns(Tile& tile, const Operand& matrix, int64_t rows,
                                              int64_t cols, int64_t d0, int64_t col0, float scale) {
-  for (int i = threadIdx.x; i < kTile * kStep; i += kThreads) {
+#pragma unroll
+  for (int part = 0; part < kTile * kStep / kThreads; ++part) {
+    const int i = part * kThreads + threadIdx.x;
     const int d = i / kTile, col = i % kTile;
     const bool inside = d0 + d < rows && col0 + col < cols;
     tile[d][col] = inside ? load_element(matrix, (d0 + d) * cols + col0 + col) * scale : 0.0f;
@@ -117,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_fp32(const __grid_consta
   const int64_t m0 = int64_t{blockIdx.x} * kTile, j0 = int64_t{blockIdx.y} * kTile;
   const int64_t steps = (p.D + kStep - 1) / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_decode_tables(p.weight, tables);
+  load_decode_tables<kThreads>(p.weight, tables);
 
   float sums[4][4] = {};
   if (split == 0 && p.R) add_lora(sums, p, left, right, m0, j0, ty, tx);
@@ -129,12 +133,22 @@ __global__ void __launch_bounds__(kThreads) lora_linear_fp32(const __grid_consta
     add_step(sums, left, right, ty, tx);
   }
 
+  float bias[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t column = j0 + 4 * tx + j;
+    bias[j] = p.bias.data && column < p.J ? load_element(p.bias, column) : 0.0f;
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t m = m0 + 4 * ty + i, column = j0 + 4 * tx + j;
-      if (m < p.M && column < p.J) emit(p, split, m, column, sums[i][j]);
+      if (m >= p.M || column >= p.J) continue;
+      if (p.splits > 1)
+        p.partials[(split * p.M + m) * p.J + column] = sums[i][j];
+      else
+        store_element(p.out, m * p.J + column, sums[i][j] + bias[j]);
     }
 }
 

@@ -59,7 +59,6 @@ struct SkinnyProduct {
   float alpha;
   Operand out;  // element (i, j) at i * out_i + j * out_j
   int64_t out_i, out_j;
-  bool exact;       // fp32 multiplications; otherwise factors are rounded to 11 bits
   float* partials;  // [splits, I, J] when splits > 1
   int splits;
 };
@@ -98,8 +97,15 @@ void launch_fp32(const Product& product, cudaStream_t stream);
 // out = bias + partials[0] + partials[1] + ...
 void launch_sum_partials(const Product& product, cudaStream_t stream);
 
+// The skinny products: 16-bit activations go to launch_skinny_sm80.
+constexpr int kSkinnyTile = 64, kSkinnyStep = 32;  // i and j of a block, a step along d
+inline dim3 skinny_grid(const SkinnyProduct& p) {
+  return dim3(static_cast<unsigned>(ceil_div(p.I, kSkinnyTile)),
+              static_cast<unsigned>(ceil_div(p.J, kSkinnyTile)), static_cast<unsigned>(p.splits));
+}
 int skinny_splits(const SkinnyProduct& product);
 void launch_skinny(const SkinnyProduct& product, cudaStream_t stream);
+void launch_skinny_sm80(const SkinnyProduct& product, cudaStream_t stream);
 
 // out[n] = sum_m matrix[m, n], through partials [column_sum_splits(M, N), N].
 int column_sum_splits(int64_t M, int64_t N);

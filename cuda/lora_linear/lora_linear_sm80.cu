@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t m0 = int64_t{blockIdx.x} * (16 * kRowTiles), j0 = int64_t{blockIdx.y} * kColumns;
   const int64_t warp_j0 = j0 + 32 * warp, steps = p.D / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_decode_tables(p.weight, tables);
+  load_decode_tables<kThreads>(p.weight, tables);
   float sums[kRowTiles][kColTiles][4];
   start_sums(sums, p, split, m0, j0, warp_j0, reinterpret_cast<float*>(left));
   __syncthreads();
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t m0 = int64_t{blockIdx.x} * (16 * kRowTiles), j0 = int64_t{blockIdx.y} * kColumns;
   const int64_t warp_j0 = j0 + 32 * warp, steps = (p.D + kStep - 1) / kStep;
   const int64_t begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-  load_decode_tables(p.weight, tables);
+  load_decode_tables<kThreads>(p.weight, tables);
   float sums[kRowTiles][kColTiles][4];
   start_sums(sums, p, split, m0, j0, warp_j0, reinterpret_cast<float*>(left));
   __syncthreads();

@@ -74,17 +74,6 @@ __device__ __forceinline__ void store_element(const Operand& matrix, int64_t ind
   }
 }
 
-// What one thread contributes to out[m, j]: the element itself, or its part of a split sum.
-__device__ __forceinline__ void emit(const Product& product, int split, int64_t m, int64_t j,
-                                     float value) {
-  if (product.splits > 1) {
-    product.partials[(split * product.M + m) * product.J + j] = value;
-    return;
-  }
-  if (product.bias.data) value += load_element(product.bias, j);
-  store_element(product.out, m * product.J + j, value);
-}
-
 __device__ __forceinline__ uint64_t dropout_row_key(const Dropout& dropout, int64_t row) {
   return halfbyte::dropout_row_key(static_cast<uint64_t>(*dropout.seed), row);
 }

@@ -46,13 +46,17 @@ __device__ __forceinline__ void add_lora(float (&sums)[kRowTiles][kColTiles][4],
   float* right = shared + kRows * kRankStride;  // [slot][kRankStride]
   for (int64_t r0 = 0; r0 < p.R; r0 += kRankStep) {
     __syncthreads();  // the step before has been read
-    for (int i = threadIdx.x; i < kRows * kRankStep; i += kThreads) {
+#pragma unroll 4
+    for (int part = 0; part < kRows * kRankStep / kThreads; ++part) {
+      const int i = part * kThreads + threadIdx.x;
       const int row = i / kRankStep, r = i % kRankStep;
       const bool inside = m0 + row < p.M && r0 + r < p.R;
       const float t = inside ? p.lora_left[(m0 + row) * p.R + r0 + r] : 0.0f;
       left[row * kRankStride + r] = round_to_tf32(t);
     }
-    for (int i = threadIdx.x; i < kColumns * kRankStep; i += kThreads) {
+#pragma unroll 4
+    for (int part = 0; part < kColumns * kRankStep / kThreads; ++part) {
+      const int i = part * kThreads + threadIdx.x;
       const int column = p.transposed ? i % kColumns : i / kRankStep;
       const int r = p.transposed ? i / kColumns : i % kRankStep;
       const int64_t index = p.transposed ? (r0 + r) * p.J + j0 + column  //

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                            int64_t tiles) {
   __shared__ DecodeTables tables;
   __shared__ uint4 codes[kWarps][kLanes];
-  load_decode_tables(weight, tables);
+  load_decode_tables<kThreads>(weight, tables);
   __syncthreads();
 
   const int warp = threadIdx.x / kLanes;

@@ -21,7 +21,7 @@ from .errors import (
 )
 from .launch import Report, launch
 from .memory import Memory
-from .nvcc import compile_object, compile_ptx, find_nvcc
+from .nvcc import compile_object, compile_ptx, compile_source, find_nvcc
 from .program import LoadedModule, load_module
 from .runtime import FakeRuntime, RuntimeFault, build_library
 
@@ -46,6 +46,7 @@ __all__ = [
     "build_library",
     "compile_object",
     "compile_ptx",
+    "compile_source",
     "find_nvcc",
     "launch",
     "load_module",

@@ -1,18 +1,10 @@
-"""The CUDA library's C interface (cuda/include/halfbyte/cuda/api.h) as ctypes, and its build.
-
-Each source is compiled once for its content and that of every header: an object and PTX for
-compute_80 and compute_120, which come from different code generators, under build/ptx/.
+"""The CUDA library's C interface (cuda/include/halfbyte/cuda/api.h) as ctypes, and its build: an
+object a source, and PTX for compute_80 and compute_120, which come from different code generators.
 """
 
 import ctypes as C
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,68 +12,30 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 CUDA = ROOT / "cuda"
 ARCHS = ("compute_80", "compute_120")
-FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-Wall,-fPIC,-fvisibility=hidden"]
 FILE_FLAGS = {"adamw8_update_sm80.cu": ["-fmad=false"]}  # as in cuda/CMakeLists.txt
 INCLUDES = [f"-I{CUDA}", f"-I{CUDA / 'include'}", f"-I{ROOT / 'cpp/include'}"]
 
 sys.path.insert(0, str(ROOT / "tests"))
 
+from ptx_interpreter import FakeRuntime  # noqa: E402
+from ptx_interpreter.nvcc import STANDARD, compile_source  # noqa: E402
+from ptx_interpreter.nvcc import Compiled as Built  # noqa: E402
+
+FLAGS = [*STANDARD, "-O3", "-Xcompiler=-Wall,-fvisibility=hidden"]
+
 # --- build ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Built:
-    """One compiled source."""
-
-    source: Path
-    object: Path
-    ptx: dict[str, Path]  # by architecture
-
-
-def _headers_digest() -> bytes:
-    digest = hashlib.sha256()
-    for folder in (CUDA, ROOT / "cpp/include"):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh"):
-                digest.update(path.name.encode() + path.read_bytes())
-    return digest.digest()
-
-
-def compile_source(source: Path, headers: bytes, version: bytes) -> Built:
-    flags = FLAGS + FILE_FLAGS.get(source.name, [])
-    key = hashlib.sha256(headers + version + source.read_bytes() + repr(flags).encode())
-    folder = ROOT / "build/ptx" / f"{source.stem}-{key.hexdigest()[:20]}"
-    built = Built(
-        source,
-        folder / f"{source.stem}.o",
-        {arch: folder / f"{source.stem}.{arch}.ptx" for arch in ARCHS},
-    )
-    if folder.exists():
-        return built
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        target = Path(scratch) / built.object.name
-        codes = [f"-gencode=arch={arch},code={arch}" for arch in ARCHS]
-        keep = ["--keep", "--keep-dir", scratch]
-        command = ["nvcc", "-c", *flags, *codes, *INCLUDES, *keep, str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-        ready = Path(scratch) / "ready"
-        ready.mkdir()
-        for part in (built.object, *built.ptx.values()):
-            shutil.copy(Path(scratch) / part.name, ready)
-        if not folder.exists():
-            os.replace(ready, folder)
-    return built
 
 
 def build_all() -> list[Built]:
     """Every source of the library."""
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
-    headers = _headers_digest()
+
+    def build(source: Path) -> Built:
+        flags = FLAGS + FILE_FLAGS.get(source.name, [])
+        return compile_source(source, ARCHS, [*flags, *INCLUDES])
+
     sources = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*/*.cu")])
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda source: compile_source(source, headers, version), sources))
+        return list(pool.map(build, sources))
 
 
 # --- the structs of api.h -------------------------------------------------------------------------
@@ -193,8 +147,6 @@ class Interpreted:
     description = "PTX executed by an interpreter; not run on a GPU"
 
     def __init__(self, built: list[Built], arch: str, library: Path, checks: bool = True):
-        from ptx_interpreter import FakeRuntime
-
         self.arch = arch
         texts = [each.ptx[arch] for each in built if ".entry" in each.ptx[arch].read_text()]
         self.runtime = FakeRuntime(library=library, ptx=texts, checks=checks)

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import torch
 from torch.utils._pytree import tree_map
 
+from halfbyte.ops import adamw8_shards
+
 POOL = torch.zeros(64 << 20, dtype=torch.uint8)
 ALIGNMENT = 512  # as torch's allocator
 EMPTY, FULL = torch.empty, torch.full
@@ -109,6 +111,7 @@ def install(monkeypatch, stream: int) -> SimpleNamespace:
             assert not notes.capturing and self.recorded
             notes.waits.append("event")
 
+    monkeypatch.setattr(adamw8_shards, "_PLAIN", adamw8_shards._PLAIN | {OnCuda})
     monkeypatch.setattr(torch, "empty", _factory(EMPTY))
     monkeypatch.setattr(torch, "full", _factory(FULL))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)

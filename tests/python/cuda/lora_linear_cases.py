@@ -56,6 +56,50 @@ CASES = {
     "mma, large rank": (*MMA, (17, 8, 64, 70, BF16), {"p": 0.5}),
 }  # fmt: skip
 
+# Ends of tiles, runs and sums, every residue that a kernel tells apart: (forced variant, layer).
+RAGGED = [
+    # Rows of an odd length end in the middle of a store; a short last chunk; several rank steps.
+    (None, (63, 67, 128, 17, BF16), {}),
+    (None, (33, 130, 640, 3, BF16), {}),
+    (None, (16, 35, 192, 3, BF16), {}),
+    (None, (61, 193, 192, 16, BF16), {}),
+    (None, (30, 517, 65, 5, BF16), {}),
+    (None, (30, 520, 64, 5, BF16), {}),
+    (None, (15, 9, 333, 5, FP32), {}),
+    (None, (16, 41, 1055, 35, FP32), {}),
+    (None, (13, 70, 1052, 3, FP32), {}),
+    (None, (6, 9, 261, 2, FP32), {}),
+    # Sums in 2, 3, .. 9 parts.
+    *((None, (17 + 6 * (parts - 2), 9 + parts % 4, 258 * parts, 0, BF16), {})
+      for parts in range(2, 10)),
+    # The same of the LoRA products, whose sums are over K and, with many rows, over M.
+    *((None, (18, 5, 128 * parts + 5, 2, dtype), {})
+      for parts, dtype in enumerate([BF16, FP32, BF16, FP32, BF16, FP32, FP32], 2)),
+    *((None, (290, 12, 68 + i, 5, dtype), {"lora_dtype": lora_dtype})
+      for i, (dtype, lora_dtype) in enumerate(
+          [(BF16, BF16), (BF16, FP16), (FP32, BF16), (FP32, FP16)])),
+    (None, (61, 9, 300, 61, FP32), {}),
+    # Rows that are not aligned, for one reason or another.
+    (None, (17, 8, 64, 3, FP32), {"x_offset": 1}),
+    (None, (19, 11, 35, 9, FP32), {"lora_dtype": BF16}),
+    (None, (19, 11, 34, 9, FP32), {"lora_dtype": FP16}),
+    # A last chunk of one block, fetched before the loop and in it, in its even and its odd half.
+    *((None, (m, 17 + m, k, 13, BF16), {})
+      for m, k in ((3, 2112), (5, 3136), (8, 4288), (4, 1088))),
+    # Few rows of each number, each with its own remainder of a row of W; types of A, B and bias.
+    *((None, (m, 3 + m % 4, 256 + m, 33, BF16), {"lora_dtype": lora_dtype})
+      for m, lora_dtype in enumerate([FP32, BF16, FP16, FP32] * 4, 1)),
+    *((None, (m, 2, 270 + m, 5, dtype), {}) for m, dtype in enumerate([FP32, FP16] * 3, 3)),
+    # Every part of a tile is the last one; activations, A and B of each type.
+    *((variant, (1 + 9 * i, 63 - 9 * i, 41 + i, 11 + i, dtype), {"lora_dtype": lora_dtype})
+      for variant, dtypes in (
+          ("cuda_fma", [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, FP16), (BF16, FP32),
+                        (FP16, BF16), (FP32, BF16)]),
+          ("cuda_mma_any_shape", [(BF16, FP32), (FP16, BF16), (BF16, FP16), (FP16, FP32),
+                                  (BF16, BF16), (FP16, FP16), (BF16, FP32)]))
+      for i, (dtype, lora_dtype) in enumerate(dtypes)),
+]  # fmt: skip
+
 
 class Layer:
     """One call's tensors, made from a seed. `dtype`: of activations; A and B have `lora_dtype`."""
@@ -139,10 +183,8 @@ class Layer:
     def keep_scale(self) -> float:
         return float(np.float32(1 / (1 - self.p))) if self.p < 1 else 0.0
 
-    def mask(self) -> torch.Tensor:
-        """[M, K] of 0 and 1 / (1 - p), from dropout_format.h's formula."""
-        if self.p == 0:
-            return torch.ones(self.M, self.K, dtype=torch.float64)
+    def hashes(self) -> np.ndarray:
+        """[M, K] of uint32, from dropout_format.h's formula."""
         with np.errstate(over="ignore"):
             z = np.uint64(self.seed.item() % 2**64) + np.arange(1, self.M + 1, dtype=np.uint64) * (
                 np.uint64(0x9E3779B97F4A7C15)
@@ -154,8 +196,13 @@ class Layer:
             h = (h ^ h >> np.uint32(16)) * np.uint32(0x21F0AAAD)
             h = h ^ (key >> np.uint64(32)).astype(np.uint32)
             h = (h ^ h >> np.uint32(15)) * np.uint32(0x735A2D97)
-            h = h ^ h >> np.uint32(15)
-        return torch.from_numpy((h >= self.threshold()) * self.keep_scale())
+            return h ^ h >> np.uint32(15)
+
+    def mask(self) -> torch.Tensor:
+        """[M, K] of 0 and 1 / (1 - p)."""
+        if self.p == 0:
+            return torch.ones(self.M, self.K, dtype=torch.float64)
+        return torch.from_numpy((self.hashes() >= self.threshold()) * self.keep_scale())
 
     # Bounds: (exact value, largest error), float64.
 

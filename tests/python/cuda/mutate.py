@@ -42,7 +42,7 @@ import test_cuda_lora_linear as lora_linear
 import test_cuda_nf4 as nf4
 from adamw8_cases import new_case
 from explained import EXPLAINED
-from lora_linear_cases import CASES, Layer, check_bounds, check_exact
+from lora_linear_cases import CASES, RAGGED, Layer, check_bounds, check_exact
 from ptx_interpreter import PtxError, Unsupported, build_library, handlers
 from ptx_interpreter.launch import launch
 from ptx_interpreter.mutate import KINDS, Mutation, mutations
@@ -180,34 +180,32 @@ def forced(variant: str, case: Case) -> Case:
 
 def lora_linear_cases() -> list[Case]:
     made: list[Case] = []
-    for shape in (*lora_linear.FAULTY.values(), *RAGGED):
-        layer = Layer(*shape, p=0.5, exact=True)
-        made += [partial(check_exact, layer=layer, **half) for half in HALVES]
-    for dtype in (torch.bfloat16, torch.float16):
-        layer = Layer(21, 19, 40, 3, dtype, p=0.5, lora_dtype=dtype, exact=True)
-        made += [forced("cuda_fma", partial(check_exact, layer=layer, **half)) for half in HALVES]
+
+    def exactly(variant: str | None, shape: tuple, options: dict) -> None:
+        layer = Layer(*shape, **{"p": 0.5, **options}, exact=True)
+        for half in HALVES:
+            case = partial(check_exact, layer=layer, **half)
+            made.append(forced(variant, case) if variant else case)
+
+    for shape in lora_linear.FAULTY.values():
+        exactly(None, shape, {})
     for forward, _, shape, options in CASES.values():
-        exact = {**options, "p": 0.5 if options.get("p") else 0.0}
-        layer = Layer(*shape, **exact, exact=True)
-        made += [partial(check_exact, layer=layer, **half) for half in HALVES]
+        exactly(None, shape, {**options, "p": 0.5 if options.get("p") else 0.0})
         layer = Layer(*shape, **options)
         made.append(partial(check_bounds, layer=layer, rounded_levels=forward == "few_rows"))
+    for case in RAGGED:
+        exactly(*case)
+    for variant in ("cuda_fma", "cuda_mma_any_shape"):
+        for dtype in (torch.bfloat16, torch.float16):
+            bounds = partial(check_bounds, layer=Layer(9, 16, 128, 3, dtype), rounded_levels=False)
+            made.append(forced(variant, bounds))
+    made += [
+        partial(lora_linear.test_hashes_beside_the_threshold, dtype=dtype, K=K)
+        for dtype, K in lora_linear.HASHED
+    ]
     return made
 
 
-# Rows of an odd length end in the middle of a store; a short last chunk; several rank steps.
-RAGGED = (
-    (63, 67, 128, 17, torch.bfloat16),
-    (33, 130, 640, 3, torch.bfloat16),
-    (16, 35, 192, 3, torch.bfloat16),
-    (61, 193, 192, 16, torch.bfloat16),
-    (30, 517, 65, 5, torch.bfloat16),
-    (30, 520, 64, 5, torch.bfloat16),
-    (15, 9, 333, 5, torch.float32),
-    (16, 41, 1055, 35, torch.float32),
-    (13, 70, 1052, 3, torch.float32),
-    (6, 9, 261, 2, torch.float32),
-)
 HALVES = ({"backwards": False}, {"forwards": False})
 GROUPS = {"adamw8": adamw8_cases, "lora_linear": lora_linear_cases, "nf4": nf4_cases}
 
@@ -249,11 +247,10 @@ class Count:
     killed: int = 0
     explained: int = 0
     stillborn: int = 0  # not executable
-    not_run: int = 0  # no case executes the line
 
     @property
     def score(self) -> float:
-        looked_at = self.mutants - self.stillborn - self.not_run
+        looked_at = self.mutants - self.stillborn
         return (self.killed + self.explained) / looked_at if looked_at else 1.0
 
 
@@ -269,7 +266,7 @@ class Result:
     def others(self) -> Count:
         """All kinds but dropped barriers, waits and commits."""
         others = [count for kind, count in self.counts.items() if kind != "drop"]
-        names = ("mutants", "killed", "explained", "stillborn", "not_run")
+        names = ("mutants", "killed", "explained", "stillborn")
         return Count(*(sum(getattr(count, name) for count in others) for name in names))
 
     @property
@@ -336,10 +333,8 @@ class Hunt:
         return len(lines_run) / len(module.syntax.entry(entry).instructions)
 
     def fate(self, mutation: Mutation) -> str:
-        """The Count's field that the fault belongs to; "" when it survives."""
-        cases = self.cases_of_line.get(mutation.line)
-        if not cases:
-            return "not_run"
+        """The Count's field that the fault belongs to; "" when it survives or no case meets it."""
+        cases = self.cases_of_line.get(mutation.line, ())
         self.modules[self.index] = mutation.module
         try:
             for case in cases:
@@ -367,8 +362,6 @@ class Hunt:
     def tally(self, result: Result, mutation: Mutation, fate: str) -> None:
         count = result.counts[mutation.kind]
         count.mutants += 1
-        if fate == "not_run" and mutation.kind == "drop":
-            fate = ""  # a barrier that no case reaches is not tested
         if not fate:
             short = re.sub(r"/\S*/([\w.]+:\d+)", r"\1", mutation.description)
             fault = f"{short} | {source_text(short)}"
@@ -416,16 +409,15 @@ def hunt(name: str, arch: str, kinds=KINDS, sample: int | None = None, seed: int
 def table(results: list[Result]) -> str:
     """The kill table, in Markdown; what survived and what is explained below it."""
     lines = [
-        "| kernel | kind | mutants | killed | explained | survived | not executable | not run |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | kind | mutants | killed | explained | survived | not executable |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in results:
         for kind, count in result.counts.items():
             if not count.mutants:
                 continue
             survived = sum(each == kind for each, _ in result.survivors)
-            cells = (count.mutants, count.killed, count.explained, survived, count.stillborn,
-                     count.not_run)  # fmt: skip
+            cells = (count.mutants, count.killed, count.explained, survived, count.stillborn)
             lines.append(f"| {result.kernel} | {kind} | " + " | ".join(map(str, cells)) + " |")
     lines.append("")
     for result in results:

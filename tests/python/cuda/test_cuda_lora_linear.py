@@ -17,7 +17,9 @@ import cuda_api as api
 from lora_linear_cases import (
     BF16,
     CASES,
+    FP16,
     FP32,
+    RAGGED,
     Layer,
     assert_within,
     check_bounds,
@@ -82,6 +84,44 @@ def test_dropout_mask_is_the_cpus(gpu, dtype, p):
     assert torch.equal(got["d_bias"], torch.full((N,), float(M)))
 
 
+HASHED = [(BF16, 64), (BF16, 33), (FP32, 64)]
+
+
+@pytest.mark.parametrize(("dtype", "K"), HASHED, ids=str)
+def test_hashes_beside_the_threshold(gpu, dtype, K):
+    """Thresholds that are an element's hash, which is kept, or one more, when it is dropped: one
+    wrong bit of a hash shows half of the times. W is 0 and R is K: T is the mask."""
+    layer = Layer(19, 8, K, K, dtype, double=False, p=0.5, scaling=1.0, bias=False, seed=5)
+    layer.absmax.zero_()
+    layer.x, layer.a = torch.ones(19, K, dtype=dtype), torch.eye(K)
+    layer.dy, layer.b = torch.ones(19, 8, dtype=dtype), torch.ones(8, K) / 8
+    hashes = layer.hashes()
+    for row, column, more in (
+        (0, 1, 0),
+        (3, 2, 1),
+        (12, 31, 0),
+        (18, 7, 1),
+        (9, 24, 0),
+        (10, 5, 1),
+    ):
+        layer.p = (int(hashes[row, column]) + more) / 2**32
+        mask = layer.mask()
+        assert (mask[row, column] == 0) == bool(more)
+        _, t = forward(gpu, layer)
+        assert torch.equal(t.double(), mask)
+        got = gradients(gpu, layer, t)
+        assert torch.equal(got["dx"], mask.to(dtype))
+        assert torch.equal(got["d_lora_a"] != 0, (mask != 0).any(0).expand(K, K))
+
+
+@pytest.mark.parametrize("case", RAGGED, ids=str)
+def test_ragged_ends_exactly(gpu, case, monkeypatch):
+    variant, shape, options = case
+    if variant:
+        monkeypatch.setenv("HALFBYTE_FORCE_VARIANT", f"lora_linear:{variant}")
+    check_exact(gpu, Layer(*shape, **options, p=0.5, exact=True))
+
+
 def test_a_dropped_value_may_be_anything(gpu):
     layer = Layer(17, 8, 64, 2, p=0.5, bias=False, scaling=1.0)
     layer.x[layer.mask() == 0] = torch.inf
@@ -132,10 +172,15 @@ def test_variant_table(gpu):
     assert all(why for _, why, _ in table[:3]), table
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", ["cuda_mma_any_shape", "cuda_fma", "cuda_few_rows_fma"])
-def test_a_forced_variant_fits_where_it_says_so(gpu, name, monkeypatch):
+def test_a_forced_variant_fits_where_it_says_so(gpu, name, dtype, monkeypatch):
+    """W rounded to the type of the activations, whatever the kernel multiplies in."""
     monkeypatch.setenv("HALFBYTE_FORCE_VARIANT", f"lora_linear:{name}")
-    layer = Layer(9, 16, 128, 3)
+    layer = Layer(9, 16, 128, 3, dtype)
+    if name != "cuda_few_rows_fma":
+        check_bounds(gpu, layer, False)
+        return
     y, t = forward(gpu, layer)
     assert_within("y", y, layer.expect_y(t, False))
 
@@ -172,7 +217,8 @@ FAULTY = {  # M, N, K, R, dtype: most of a tile in use, and some of it not
     "few_rows_fma": (3, 5, 265, 3, FP32),
     "any_shape": (61, 59, 65, 33, BF16),
     "fp32": (61, 59, 40, 33, FP32),
-    "skinny": (61, 9, 72, 43, BF16),
+    "skinny": (61, 9, 72, 43, FP32),
+    "skinny_mma": (61, 9, 168, 43, BF16),
     "column_sum": (61, 33, 72, 0, BF16),
 }
 
@@ -221,7 +267,7 @@ def test_every_dropped_barrier_wait_and_commit_is_noticed(interpreted, kernel):
     assert caught > 0 and not missed, missed
 
 
-@pytest.mark.parametrize("kernel", ["forward_sm80", "backward_sm80", "few_rows", "skinny"])
+@pytest.mark.parametrize("kernel", ["forward_sm80", "backward_sm80", "few_rows", "skinny_mma"])
 def test_most_other_faults_are_noticed(interpreted, kernel):
     """A sample. What survives is mostly equivalent: the guard of a partial last store, a bound that
     a later check repeats, bits of the mixer below those that p = 0.5 looks at."""

@@ -6,104 +6,12 @@ before another when streams and events say so (`Order`). Page migration itself c
 here.
 """
 
-import ctypes as C
-import re
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import cuda_api as api
-from adamw8_cases import (
-    NAMES,
-    assert_same,
-    cpu_step,
-    make_launch,
-    new_case,
-    random_gradient,
-    set_gradient,
-)
+from paged_cases import CAN_BE_PAGED, KIND_NAMES, PagedStep, create, one_step
 from test_cuda_adamw8 import SYNCHRONISING
-
-CAN_BE_PAGED = [api.MANAGED, api.PINNED]
-KIND_NAMES = {api.AUTO: "auto", api.MANAGED: "managed", api.PINNED: "pinned"}
-
-
-# --- arenas with state in them --------------------------------------------------------------------
-
-
-def create(gpu, size, kind=api.AUTO, device=0):
-    arena = C.c_void_p()
-    sentence = gpu.api.arena_create(size, device, kind, C.byref(arena)).decode()
-    if sentence:
-        assert not arena.value
-        raise RuntimeError(sentence)
-    return arena.value
-
-
-def view(gpu, arena, offset, like):
-    """A tensor over arena memory, with the values of `like`."""
-    size = like.numel() * like.element_size()
-    memory = (C.c_uint8 * size).from_address(gpu.api.arena_address(arena) + offset)
-    tensor = torch.frombuffer(memory, dtype=like.dtype)
-    tensor.copy_(like.flatten())
-    return tensor
-
-
-class PagedStep:
-    """Cases whose moments lie in an arena, `per_page` tensors a page, and the launch over them."""
-
-    def __init__(self, gpu, sizes, kind=api.MANAGED, per_page=1, encoding="ratio", device=0,
-                 dtype=torch.float32, gap=0):  # fmt: skip
-        self.gpu, self.device = gpu, device
-        self.cases = [new_case(n, encoding, dtype, seed=i) for i, n in enumerate(sizes)]
-        room = sum(64 + v.numel() * v.element_size() for c in self.cases for v in c.state.values())
-        self.arena = create(gpu, room + gap * len(sizes) + 64, kind, device)
-        self.pages, at = [], gap
-        for first in range(0, len(sizes), per_page):
-            group = self.cases[first : first + per_page]
-            begin = at
-            for case in group:
-                case.grad = torch.zeros_like(case.param)
-                case.device = {
-                    "param": gpu.put(case.param.clone()),
-                    "grad": gpu.put(case.grad.clone()),
-                    "step": gpu.put(case.state["step"].clone()),
-                }
-                for name in NAMES:
-                    if name in case.state:
-                        value = case.state[name]
-                        case.device[name] = view(gpu, self.arena, at, value)
-                        at += -(-value.numel() * value.element_size() // 16) * 16
-            self.pages.append(api.PageRange(self.arena, begin, at, first, len(group)))
-            at += gap
-
-    def launch(self, look_ahead=1, evict=False):
-        self.step, self.bad = make_launch(self.gpu, self.cases)
-        return api.PagedAdamW8Launch(
-            self.step, (api.PageRange * len(self.pages))(*self.pages), len(self.pages), look_ahead,
-            evict,
-        )  # fmt: skip
-
-    def run(self, look_ahead=1, evict=False, seed=0, stream=None):
-        for i, case in enumerate(self.cases):
-            set_gradient(self.gpu, case, random_gradient(case.param.numel(), seed + i,
-                                                         dtype=case.param.dtype))  # fmt: skip
-        launch = self.launch(look_ahead, evict)
-        self.gpu.call("adamw8_paged_step", launch, self.device, stream)
-        self.gpu.wait()
-        assert self.bad.item() == -1
-        cpu_step(self.cases)
-        for case in self.cases:
-            assert_same(case)
-
-    def addresses(self):
-        base = self.gpu.api.arena_address(self.arena)
-        return [(base + page.begin, page.end - page.begin) for page in self.pages]
-
-    def destroy(self):
-        self.gpu.api.arena_destroy(self.arena)
 
 
 @pytest.mark.parametrize("kind", CAN_BE_PAGED, ids=KIND_NAMES.get)
@@ -120,54 +28,6 @@ def test_paged_steps_have_the_cpus_bits(gpu, kind, encoding, gap):
 
 
 # --- order ----------------------------------------------------------------------------------------
-
-
-class Order:
-    """What streams and events order, from a log: `before(i, j)` for positions in it."""
-
-    def __init__(self, log):
-        self.log = log
-        self.stream: list[int | None] = []
-        self._past: list[set[int]] = []
-        last: dict[int, int] = {}
-        recorded: dict[int, int] = {}
-        for at, call in enumerate(log):
-            stream = call.arguments.get("stream")
-            self.stream.append(stream)
-            past: set[int] = set()
-            sources = [last[stream]] if stream in last else []
-            if call.name == "cudaStreamWaitEvent" and call.event in recorded:
-                sources.append(recorded[call.event])
-            for source in sources:
-                past |= self._past[source] | {source}
-            self._past.append(past)
-            if stream is not None:
-                last[stream] = at
-            if call.name == "cudaEventRecord":
-                recorded[call.event] = at
-
-    def before(self, first: int, second: int) -> bool:
-        return first in self._past[second]
-
-    def find(self, name, **arguments) -> list[int]:
-        """Positions of these calls."""
-        return [
-            at
-            for at, call in enumerate(self.log)
-            if call.name == name
-            and all(call.arguments.get(key) == value for key, value in arguments.items())
-        ]
-
-    def kernels(self, part) -> list[int]:
-        return [at for at in self.find("cudaLaunchKernel") if part in self.log[at].kernel]
-
-
-def one_step(gpu, paged, **options) -> Order:
-    stream = 0x4560
-    gpu.runtime.handles[stream] = "stream"
-    gpu.runtime.log.clear()
-    paged.run(stream=stream, **options)
-    return Order(gpu.runtime.log)
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1, 3, 9])
@@ -457,7 +317,7 @@ def test_no_leak_in_1000_cycles(fake, kind):
     gpu.runtime.check()
 
 
-# --- several devices, and none --------------------------------------------------------------------
+# --- several devices ------------------------------------------------------------------------------
 
 
 def test_several_devices(fake):
@@ -482,91 +342,3 @@ def test_several_devices(fake):
         assert names[0] == names[-1] == "cudaSetDevice", "freed on its own device"
         assert (gpu.runtime.log[0].device, gpu.runtime.log[-1].device) == (1, 0)
     assert gpu.runtime.device == 0 and gpu.runtime.live_allocations == 0
-
-
-def every_call(library) -> dict[str, str]:
-    """The sentence of each call that returns one, for empty launches."""
-    where, arena = api.Where(0, None), C.c_void_p()
-    table = library.api if hasattr(library, "api") else library
-    bad = C.c_int64()
-    launches = {
-        "quantize_4bit": api.QuantizeLaunch(bad_index=C.pointer(bad)),
-        "double_quantize": api.DoubleQuantizeLaunch(),
-        "dequantize_4bit": api.DequantizeLaunch(),
-        "lora_linear_forward": api.ForwardLaunch(),
-        "lora_linear_backward": api.BackwardLaunch(),
-        "adamw8_step": api.AdamW8Launch(),
-        "adamw8_paged_step": api.PagedAdamW8Launch(),
-    }
-    said = {name: getattr(table, name)(C.byref(one), where) for name, one in launches.items()}
-    said["arena_create"] = table.arena_create(64, 0, api.AUTO, C.byref(arena))
-    said["why_not"] = table.why_not()
-    said["device_description"] = table.device_description(0)
-    assert table.device_count() == 0 and not arena.value
-    assert table.lora_linear_forward_workspace(C.byref(launches["lora_linear_forward"]), where) == 0
-    table.arena_destroy(None)
-    return {name: sentence.decode() for name, sentence in said.items()}
-
-
-@pytest.mark.parametrize(
-    ("setting", "sentence"),
-    [
-        ({"driver_missing": True}, "no NVIDIA driver was found (CUDA error 35: "),
-        ({"device_count": 0}, "no NVIDIA device was found (CUDA error 100: "),
-    ],
-)
-def test_without_a_device_every_call_says_why(fake, setting, sentence):
-    gpu = fake()
-    for name, value in setting.items():
-        setattr(gpu.runtime, name, value)
-    said = every_call(gpu)
-    assert len(set(said.values())) == 1 and said["why_not"].startswith(sentence)
-    row = api.VariantRow()
-    for op in ("quantize_4bit", "dequantize_4bit", "lora_linear", "adamw8"):
-        assert gpu.api.variant(op.encode(), 0, 0, C.byref(row))
-        assert row.why_not.decode() == said["why_not"] and not row.chosen
-
-
-def test_an_old_device_is_refused(fake):
-    gpu = fake()
-    gpu.runtime.attributes.update(computeCapabilityMajor=7, computeCapabilityMinor=5)
-    said = set(every_call(gpu).values())
-    assert said == {"compute capability 8.0 or later is needed, device 0 has 7.5"}
-
-
-def test_device_description(fake):
-    gpu = fake()
-    assert gpu.api.device_count() == 1
-    assert gpu.api.device_description(0) == b"fake device, compute capability 8.0, 16.0 GiB"
-
-
-REAL = """
-import ctypes, sys
-sys.path[:0] = {paths!r}
-import cuda_api, test_cuda_memory
-print(test_cuda_memory.every_call(cuda_api.load_api(ctypes.CDLL({library!r}))))
-"""
-
-
-def test_the_real_library_loads_without_a_driver(built, tmp_path):
-    """Static cudart, one exported symbol, no CUDA library needed; every call has its sentence."""
-    if torch.cuda.is_available():
-        pytest.skip("a driver is there")
-    library = tmp_path / "libhalfbyte_cuda.so"
-    objects = [str(each.object) for each in built]
-    subprocess.run(
-        ["nvcc", "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *objects, "-o",
-         str(library)],
-        check=True,
-    )  # fmt: skip
-    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
-    assert not re.search(r"NEEDED.*cud", needed)
-    dynamic = subprocess.run(["nm", "-D", "-C", "--defined-only", library],
-                             capture_output=True, text=True).stdout  # fmt: skip
-    assert [line.split()[-1] for line in dynamic.splitlines()] == ["halfbyte_cuda_api"]
-    code = REAL.format(paths=sys.path, library=str(library))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = eval(done.stdout)
-    assert len(set(said.values())) == 1
-    assert said["why_not"].startswith("no NVIDIA driver was found (CUDA error 35")
