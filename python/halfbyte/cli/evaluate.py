@@ -108,8 +108,6 @@ def collect(
     dtype: str,
 ) -> dict[str, Any]:
     """All results as plain values: loss, perplexity, tokens, sequences; tasks."""
-    from transformers import AutoConfig
-
     from halfbyte.cli.generate import check_dtype
     from halfbyte.cli.models import load_model, open_base
     from halfbyte.finetune.base import load_tokenizer
@@ -119,7 +117,7 @@ def collect(
     if batch < 1:
         raise FinetuneError(f"--batch: expected at least 1, got {batch}")
     found = open_base(base)
-    config = AutoConfig.from_pretrained(found.folder, local_files_only=True)
+    config = found.opened.config
     tokenizer = load_tokenizer(found)
     length = _length(config, max_length)
     samples = [] if data is None else _samples(data, tokenizer, config, length, stride)

@@ -84,7 +84,7 @@ def _export(
     with replace_file(out) as file:
         if adapter_only:
             return gguf_export.write_adapter(merged, file, out.stem)
-        tokenizer = bases.load_tokenizer(bases.Base(base, base))
+        tokenizer = bases.load_tokenizer(bases.open_base(base))
         exported = gguf_export.write_model(merged, tokenizer, file, kind, out.stem)
     if modelfile:
         write_text(out.parent / "Modelfile", gguf_export.modelfile(out.name, tokenizer))

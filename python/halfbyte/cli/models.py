@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from halfbyte.cli.errors import plain_errors
 from halfbyte.finetune.errors import FinetuneError
@@ -90,10 +90,10 @@ def named_adapters(arguments: list[str]) -> dict[str, Path]:
 
 
 def open_base(path: Path) -> Base:
-    """The base on disk, checked; a GGUF file is dequantized once into the cache."""
+    """The base on disk, checked."""
     from halfbyte.finetune import base as bases
 
-    return bases.convert(bases.open_base(path))
+    return bases.open_base(path)
 
 
 def load_model(
@@ -104,27 +104,18 @@ def load_model(
     A folder in bitsandbytes' layout is run as it is. The first adapter is active.
     """
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from halfbyte.finetune.plan import _compute_dtype
-    from halfbyte.integrations import bitsandbytes
+    from halfbyte.finetune import base as bases
+    from halfbyte.finetune.plan import compute_dtype
     from halfbyte.integrations.transformers import NF4Config
 
-    options: dict[str, Any] = {"dtype": _compute_dtype(dtype), "local_files_only": True}
-    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-    quantized = getattr(config, "quantization_config", None) is not None
-    if quantized and (dense or block_size is not None):
+    packing = None
+    if not base.is_packed:
+        skip = bases.linear_names(base.opened.config)[0] if dense else None
+        packing = NF4Config(block_size=block_size or 64, skip_modules=skip)
+    elif dense or block_size is not None:
         raise FinetuneError(f"base {base.source}: is quantized already and keeps its format")
-    if not dense and not quantized:
-        options["quantization_config"] = NF4Config(block_size=block_size or 64)
-    with bitsandbytes.taken_over():
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            base.folder, output_loading_info=True, **options
-        )
-    if missing := sorted(loading["missing_keys"]):
-        raise FinetuneError(
-            f"base {base.source}: {len(missing)} tensors are absent, the first is {missing[0]}"
-        )
+    model = bases.load_model(base, compute_dtype(dtype), packing)
     for name, path in adapters.items():
         try:
             if isinstance(model, PeftModel):

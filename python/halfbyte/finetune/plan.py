@@ -3,7 +3,7 @@
 In order of cost: output folder, data rows, base files, targets, tokenizer, sequence lengths.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -40,7 +40,8 @@ def check(config: FinetuneConfig, report: Report) -> Plan:
     train_rows, held_out_rows = _read_data(config)
     report.stage("checking the base model, the data and the settings")
     base = bases.open_base(config.base)
-    model_config = bases.load_config(base)
+    _check_packing(base, config)
+    model_config = base.opened.config
     linear, head = bases.linear_names(model_config)
     bases.check_targets(config.target_modules, linear, head)
     tokenizer = bases.load_tokenizer(base)
@@ -59,8 +60,18 @@ def check(config: FinetuneConfig, report: Report) -> Plan:
         report.fact("", _describe(held_out, "held-out"))
     prompt = config.sample_prompt or _first_prompt(held_out_rows or train_rows)
     return Plan(
-        config, base, tokenizer, train_set, held_out, head, _compute_dtype(config.dtype), prompt
+        config, base, tokenizer, train_set, held_out, head, compute_dtype(config.dtype), prompt
     )
+
+
+def _check_packing(base: bases.Base, config: FinetuneConfig) -> None:
+    """A packed base has its format, and no other can be asked for."""
+    settings = {field.name: field.default for field in fields(FinetuneConfig)}
+    for name in ("block_size", "double_quant", "codebook"):
+        if base.is_packed and getattr(config, name) != settings[name]:
+            raise FinetuneError(
+                f"{name}: base {base.source} is packed already and keeps its format"
+            )
 
 
 def _check_out(config: FinetuneConfig) -> None:
@@ -113,7 +124,8 @@ def _check_vocabulary(sets: list[EncodedRows | None], vocabulary: int) -> None:
                 )
 
 
-def _compute_dtype(name: str) -> torch.dtype:
+def compute_dtype(name: str) -> torch.dtype:
+    """What `--dtype` stands for; auto: bf16 where the processor multiplies it."""
     if name == "auto":
         name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     return bases.DTYPES[name]

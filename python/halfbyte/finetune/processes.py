@@ -69,18 +69,6 @@ LOST = "another process of this run has ended, so this one stops; no results wer
 
 
 @contextlib.contextmanager
-def first_before_others() -> Iterator[None]:
-    """Process 0 of each machine runs the body before the others do."""
-    if count() == 1:
-        yield
-        return
-    from accelerate import PartialState
-
-    with PartialState().local_main_process_first():
-        yield
-
-
-@contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """An error that all processes find is told by process 0 alone.
 

@@ -61,7 +61,7 @@ from halfbyte.finetune.plan import RESULT_FILES, Plan, check
 from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
 from halfbyte.finetune.saving import Saver
 from halfbyte.finetune.trainer import CheckpointCallback, CompletionTrainer, MetricsCallback
-from halfbyte.integrations import peft as peft_bridge
+from halfbyte.integrations.transformers import NF4Config
 from halfbyte.optim import AdamW8bit
 
 
@@ -98,25 +98,22 @@ def finetune(config: FinetuneConfig, report: Report | None = None) -> RunResult:
 
 
 def load(plan: Plan, report: Report) -> PeftModel:
-    """Load the base, pack its linear layers to 4 bits in place and put LoRA on them."""
+    """The base with its linear layers in 4 bits, and LoRA on them."""
     config = plan.config
-    if plan.base.folder is None:
-        report.stage(f"dequantizing {plan.base.source.name} into the cache (once)")
-    with processes.first_before_others():
-        base = bases.convert(plan.base)
-    report.stage("loading the base model and packing it to 4 bits")
-    model = bases.load_model(base, plan.dtype)
-    dense = _bytes_of(model)
-    halfbyte.quantize_(
-        model,
-        block_size=config.block_size,
-        double_quant=config.double_quant,
-        codebook=config.codebook,
-        skip_modules=(plan.head,) if plan.head else (),
-    )
+    if plan.base.is_packed:
+        report.stage("mapping the packed base model")
+        model = bases.load_model(plan.base, plan.dtype)
+    else:
+        report.stage("reading the base model and packing it to 4 bits")
+        packing = NF4Config(
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            codebook=config.codebook,
+        )
+        model = bases.load_model(plan.base, plan.dtype, packing)
+    dense = bases.parameter_count(model.config) * plan.dtype.itemsize
     packed = _bytes_of(model)
     set_seed(config.seed)
-    peft_bridge.enable()
     model = peft.get_peft_model(
         model,
         LoraConfig(

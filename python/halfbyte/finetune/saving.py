@@ -176,7 +176,7 @@ def _digest_of_base(plan: Plan) -> str:
     source = plan.base.source
     files = [source]
     if source.is_dir():
-        files = sorted([*source.glob("*.safetensors"), *source.glob("pytorch_model*.bin")])
+        files = sorted(source.glob("*.safetensors"))
     content = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
