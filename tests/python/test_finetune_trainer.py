@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from halfbyte.cli.main import app
 from halfbyte.finetune.config import FinetuneConfig
 from halfbyte.finetune.encode import IGNORED
 from halfbyte.finetune.errors import FinetuneError
@@ -11,7 +14,7 @@ from halfbyte.finetune.plan import check
 from halfbyte.finetune.report import Report
 from halfbyte.finetune.run import build_trainer, finetune, load
 from halfbyte.finetune.trainer import MetricsCallback
-from tiny_model import build_tokenizer, colour_rows, save_model, write_jsonl
+from tiny_model import build_config, build_tokenizer, colour_rows, save_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,25 @@ def test_gradient_checkpointing_changes_nothing_even_with_dropout(base, tmp_path
     recomputed = _losses(base, tmp_path, dropout=0.3, gradient_checkpointing=True)
     assert recomputed == kept
     assert _losses(base, tmp_path, dropout=0.0) != kept  # dropout does act
+
+
+def test_a_packed_base_streamed_and_a_paged_optimizer_change_nothing(tmp_path):
+    base = save_model(tmp_path / "base")
+    torch.manual_seed(0)
+    large = build_config(hidden_size=128, intermediate_size=256)  # packed weights of whole pages
+    LlamaForCausalLM(large).save_pretrained(base)
+    packed = tmp_path / "packed"
+    done = CliRunner().invoke(app, ["quantize", str(base), str(packed), "--dtype", "fp32"])
+    assert done.exit_code == 0, done.output
+    kept = _losses(base, tmp_path)
+    assert _losses(packed, tmp_path, paged_optimizer=True) == kept
+    assert _losses(packed, tmp_path, stream_layers=True) == kept
+    for changes, message in (
+        ({"base": base, "stream_layers": True}, "stream_layers: expected a packed base"),
+        ({"base": packed, "block_size": 32}, "block_size: base .* is packed already"),
+    ):
+        with pytest.raises(FinetuneError, match=message):
+            check(_config(**({"folder": tmp_path, "overwrite": True} | changes)), Report())
 
 
 def test_the_seed_decides(base, tmp_path):

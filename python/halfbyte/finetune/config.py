@@ -130,6 +130,17 @@ class FinetuneConfig:
     gradient_checkpointing: bool = _setting(
         False, "Recompute activations in backward: less memory, more time.", "Speed and memory"
     )
+    paged_optimizer: bool = _setting(
+        False,
+        "Keep the optimizer's state in a temporary file's pages, which the system may write out "
+        "when memory is short.",
+        "Speed and memory",
+    )
+    stream_layers: bool = _setting(
+        False,
+        "Read the layers of a packed base from disk as they are used: memory holds two of them.",
+        "Speed and memory",
+    )
 
     eval_every: int | None = _setting(
         None, "Measure the held-out loss every N steps too, not only at both ends.", "Report", low=1

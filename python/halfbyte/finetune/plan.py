@@ -65,13 +65,18 @@ def check(config: FinetuneConfig, report: Report) -> Plan:
 
 
 def _check_packing(base: bases.Base, config: FinetuneConfig) -> None:
-    """A packed base has its format, and no other can be asked for."""
-    settings = {field.name: field.default for field in fields(FinetuneConfig)}
+    """A packed base has its format, and no other can be asked for; only it can be streamed."""
+    defaults = {field.name: field.default for field in fields(FinetuneConfig)}
     for name in ("block_size", "double_quant", "codebook"):
-        if base.is_packed and getattr(config, name) != settings[name]:
+        if base.is_packed and getattr(config, name) != defaults[name]:
             raise FinetuneError(
                 f"{name}: base {base.source} is packed already and keeps its format"
             )
+    if config.stream_layers and not base.is_packed:
+        raise FinetuneError(
+            f"stream_layers: expected a packed base, got {base.source}; "
+            "`halfbyte quantize` makes one of it"
+        )
 
 
 def _check_out(config: FinetuneConfig) -> None:

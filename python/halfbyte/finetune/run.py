@@ -61,8 +61,9 @@ from halfbyte.finetune.plan import RESULT_FILES, Plan, check
 from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
 from halfbyte.finetune.saving import Saver
 from halfbyte.finetune.trainer import CheckpointCallback, CompletionTrainer, MetricsCallback
+from halfbyte.integrations.layer_streaming import stream_layers
 from halfbyte.integrations.transformers import NF4Config
-from halfbyte.optim import AdamW8bit
+from halfbyte.optim import AdamW8bit, PagedAdamW8bit
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def load(plan: Plan, report: Report) -> PeftModel:
             task_type="CAUSAL_LM",
         ),
     )
+    if config.stream_layers:
+        stream_layers(model)
     trainable, _ = model.get_nb_trainable_parameters()
     kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[plan.dtype]
     report.fact(
@@ -273,7 +276,8 @@ def build_trainer(
         skip_non_finite=config.non_finite == "skip",
         callbacks=[callback],
         optimizer_cls_and_kwargs=(
-            AdamW8bit, {"lr": config.lr, "weight_decay": config.weight_decay}
+            PagedAdamW8bit if config.paged_optimizer else AdamW8bit,
+            {"lr": config.lr, "weight_decay": config.weight_decay},
         ),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -13,6 +13,7 @@ def environment() -> dict[str, str]:
     paths = [str(HERE.parent), *filter(None, sys.path)]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
 
 
