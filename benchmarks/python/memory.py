@@ -10,7 +10,7 @@ holds then, `baseline`, is Python and the libraries; then it loads, and trains a
 is the most it holds in a step, `loading` the most before; in between it gives back the free heap
 that loading left, `left`. "freed returned" is the same process with glibc told to return freed
 blocks (MALLOC_TRIM_THRESHOLD_), `plan` what `halfbyte plan` predicts on top of the baseline.
-The peers run in bfloat16 only. Writes memory.csv.
+The peers run in bfloat16 only. Writes memory_MODEL.csv.
 
 Example: python -m benchmarks.python.memory --sequence 128 --systems halfbyte
 """
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.sequence = [sequence]
         table += compare(shape, options)
     timing.print_table("Peak resident memory of a training process", table)
-    timing.write_csv(options.output / "memory.csv", table)
+    timing.write_csv(options.output / f"memory_{shape.name}.csv", table)
 
 
 if __name__ == "__main__":

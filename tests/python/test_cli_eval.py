@@ -154,6 +154,7 @@ def test_windows():
         ({"stride": 8}, "--stride is for a text"),
         ({"batch": 0}, "--batch: expected at least 1, got 0"),
         ({"limit": 3}, "--limit: expected at least 1, with --tasks"),
+        ({"task-path": "."}, "--task-path .: expected a folder, with --tasks"),
         ({"max-length": 4}, "tokens, expected at most 4"),
     ],
 )
@@ -191,15 +192,17 @@ def test_tasks_go_to_the_harness(files, monkeypatch):
         "lm_eval": {"simple_evaluate": simple_evaluate},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": HFLM},
-        "lm_eval.tasks": {"TaskManager": lambda: manager},
+        "lm_eval.tasks": {"TaskManager": lambda **settings: called.update(settings) or manager},
     }
     for name, members in modules.items():
         module = types.ModuleType(name)
         module.__spec__ = types.SimpleNamespace(name=name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    result = run("eval", "--base", files / "base", "--tasks", "arc", "--limit", 3, "--batch", 2)
+    result = run("eval", "--base", files / "base", "--tasks", "arc", "--limit", 3, "--batch", 2,
+                 "--task-path", files)  # fmt: skip
     assert result.stdout == "arc: acc,none 0.5000\n"
+    assert called["include_path"] == str(files)
     assert called["tasks"] == ["arc"] and called["limit"] == 3 and called["batch_size"] == 2
     assert any(isinstance(m, halfbyte.nn.NF4Linear) for m in called["pretrained"].modules())
     line = error("eval", "--base", files / "base", "--tasks", "arc,nope")

@@ -29,6 +29,9 @@ def command(
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm_eval, comma separated: hellaswag,arc_easy.")
     ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a folder of task files of your own.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="With --tasks: documents of each.")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Longest sequence, in tokens; default: at most 1024.")
@@ -53,13 +56,14 @@ def command(
     from halfbyte.cli.models import check_adapter, quiet, user_errors
 
     with user_errors():
-        _check(adapter, data, tasks, limit, stride, dense, block_size)
+        _check(adapter, data, tasks, task_path, limit, stride, dense, block_size)
         if adapter is not None:
             check_adapter(adapter)
         with quiet():
             facts = collect(
-                base, adapter, data, tasks, limit=limit, max_length=max_length, stride=stride,
-                batch=batch, dense=dense, block_size=block_size, dtype=dtype,
+                base, adapter, data, tasks, task_path=task_path, limit=limit,
+                max_length=max_length, stride=stride, batch=batch, dense=dense,
+                block_size=block_size, dtype=dtype,
             )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
@@ -71,6 +75,7 @@ def _check(
     adapter: Path | None,
     data: Path | None,
     tasks: str | None,
+    task_path: Path | None,
     limit: int | None,
     stride: int | None,
     dense: bool,
@@ -82,6 +87,8 @@ def _check(
         raise FinetuneError(f"{data}: no such file")
     if limit is not None and (tasks is None or limit < 1):
         raise FinetuneError("--limit: expected at least 1, with --tasks")
+    if task_path is not None and (tasks is None or not task_path.is_dir()):
+        raise FinetuneError(f"--task-path {task_path}: expected a folder, with --tasks")
     if stride is not None and (data is None or data.suffix == ".jsonl"):
         raise FinetuneError("--stride is for a text, not for rows")
     if dense and block_size is not None:
@@ -99,6 +106,7 @@ def collect(
     data: Path | None,
     tasks: str | None,
     *,
+    task_path: Path | None,
     limit: int | None,
     max_length: int | None,
     stride: int | None,
@@ -139,7 +147,7 @@ def collect(
         }
     if tasks is not None:
         names = [task.strip() for task in tasks.split(",") if task.strip()]
-        facts["tasks"] = harness(model, tokenizer, names, batch, length, limit)
+        facts["tasks"] = harness(model, tokenizer, names, batch, length, limit, task_path)
     return facts
 
 

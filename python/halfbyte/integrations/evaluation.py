@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,8 +135,10 @@ def harness(
     batch: int = 8,
     max_length: int | None = None,
     limit: int | None = None,
+    include_path: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Results of lm-evaluation-harness for each task, through its own Hugging Face model class.
+    `include_path` is a folder of task files besides those that it has.
 
     Raises ModuleNotFoundError without lm_eval, ValueError for a task that it does not know.
     """
@@ -143,7 +146,7 @@ def harness(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if lost := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"tasks: expected names that lm_eval knows, got {', '.join(lost)}")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
