@@ -62,12 +62,17 @@ def prepare(model: str, layers: int | None, folder: Path) -> Path:
     import transformers
 
     if model == "smollm2":
-        from halfbyte.finetune import base, demo
+        from halfbyte.finetune import demo
+        from halfbyte.integrations.calibrate import load_dense
+        from halfbyte.integrations.model_sources import open_model
 
         if layers:
             raise ValueError("smollm2 is a trained model: expected no --layers")
         package = demo._package_folder(demo.MODEL_PACKAGE, demo.MODEL_REQUIREMENT)
-        return base.convert(base.open_base(package / demo.MODEL_FILE)).folder
+        source = package / demo.MODEL_FILE
+        load_dense(source, torch.bfloat16).save_pretrained(folder)
+        open_model(source).tokenizer().save_pretrained(folder)
+        return folder
     settings = SHAPES[model] | ({"num_hidden_layers": layers} if layers else {})
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**settings)

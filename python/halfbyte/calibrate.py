@@ -30,7 +30,7 @@ from halfbyte._native import _C
 from halfbyte.nf4_weight import CODEBOOKS, NF4Weight
 from halfbyte.ops.nf4 import DOUBLE_QUANT_BLOCK
 
-DAMPING = 0.05
+DAMPING = 0.3
 SWEEPS = 2
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

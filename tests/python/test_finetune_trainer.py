@@ -135,6 +135,12 @@ def test_a_packed_base_streamed_and_a_paged_optimizer_change_nothing(tmp_path):
             check(_config(**({"folder": tmp_path, "overwrite": True} | changes)), Report())
 
 
+def test_a_calibrated_base_is_another_base_and_resumes_as_one(base, tmp_path):
+    plain, calibrated = _losses(base, tmp_path), _losses(base, tmp_path, calibrate=True)
+    assert calibrated != plain and calibrated == pytest.approx(plain, rel=0.1)
+    assert _losses(base, tmp_path, calibrate=True) == calibrated
+
+
 def test_the_seed_decides(base, tmp_path):
     first = _losses(base, tmp_path, dropout=0.3, seed=1)
     assert _losses(base, tmp_path, dropout=0.3, seed=1) == first

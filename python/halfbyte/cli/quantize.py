@@ -3,7 +3,10 @@ loads without being read."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
+
+    from halfbyte.integrations.gguf_models import GgufModel
+    from halfbyte.integrations.model_sources import FolderModel
+    from halfbyte.integrations.transformers import NF4Config
 
 DTYPES = ("bf16", "fp16", "fp32")
 # What the command line says when nothing is said: a source that is packed keeps its own settings.
@@ -21,6 +29,7 @@ PACKED_ALREADY = {
     "codebook": "nf4",
     "skip_modules": None,
 }
+DEFAULT_TEXT = "default"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -38,6 +47,14 @@ def command(
     skip: Annotated[
         list[str] | None, typer.Option(help="A module to leave dense; can be given several times.")
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Choose codes and scales for what the layers see when the model reads TEXT: a "
+            "text file like those it is for, a .jsonl of training rows, or the word default.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Of what stays dense: bf16, fp16, fp32; the source's own if not given."),
@@ -49,8 +66,12 @@ def command(
     """Pack a model to 4 bits, tensor by tensor, into a folder that loads in an instant.
 
     The folder is in bitsandbytes' layout, with a checksum for every tensor (halfbyte verify).
+    --calibrate makes the same format lose far less; it runs the model on the text, so it needs
+    memory for the dense model, and minutes.
 
-    Example: halfbyte quantize ./my-model ./my-model-nf4
+    Examples: halfbyte quantize ./my-model ./my-model-nf4
+
+              halfbyte quantize ./my-model ./my-model-nf4 --calibrate my-texts.txt
     """
     from halfbyte.cli.errors import plain_errors
     from halfbyte.finetune.errors import FinetuneError
@@ -67,14 +88,16 @@ def command(
         settings = {"block_size": block_size, "double_quant": double_quant, "codebook": codebook}
         settings["skip_modules"] = skip or None
         try:
-            pack(src, dst, settings, dtype=kind, shard_bytes=limit, threads=threads)
+            pack(src, dst, settings, calibrate, dtype=kind, shard_bytes=limit, threads=threads)
         except (ValueError, TypeError) as error:
             raise FinetuneError(" ".join(str(error).split())) from None
         except OSError as error:
             raise FinetuneError(f"{dst}: cannot be written: {error.strerror or error}") from None
 
 
-def pack(src: Path, dst: Path, settings: dict[str, Any], **options: Any) -> None:
+def pack(
+    src: Path, dst: Path, settings: dict[str, Any], calibrate: str | None, **options: Any
+) -> None:
     """Writes the folder aside, puts it in place, and says what it did."""
     from rich.console import Console
 
@@ -88,19 +111,82 @@ def pack(src: Path, dst: Path, settings: dict[str, Any], **options: Any) -> None
     config: NF4Config | None = NF4Config(**settings)
     opened = open_model(src)
     if isinstance(opened, FolderModel) and opened.packed:
-        if settings != PACKED_ALREADY:
+        if settings != PACKED_ALREADY or calibrate is not None:
             raise ValueError(
                 f"{src}: is packed already: expected no --block-size, --no-double-quant, "
-                "--codebook or --skip"
+                "--codebook, --skip or --calibrate"
             )
         config = None
-    with replace_folder(dst) as folder, progress_bar(console, "packing") as report:
-        written = write_packed_folder(src, folder, config=config, progress=report, **options)
+    with contextlib.ExitStack() as stack:
+        packed, bytes_before = src, None
+        if calibrate is not None:
+            windows = calibration_windows(calibrate, opened)
+            # Packed in memory and saved beside; what is saved is then copied tensor by tensor.
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            aside = tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent)
+            packed = Path(stack.enter_context(aside))
+            bytes_before = save_calibrated(opened, packed, config, windows, options, console)
+            config = None
+        folder = stack.enter_context(replace_folder(dst))
+        report = stack.enter_context(progress_bar(console, "packing"))
+        written = write_packed_folder(packed, folder, config=config, progress=report, **options)
     console.print(
         f"{dst}: {written.packed} of {written.tensors} tensors packed, "
-        f"{written.bytes_before / 1e9:.2f} GB to {written.bytes_after / 1e9:.2f} GB "
-        f"in {time.perf_counter() - start:.1f} s"
+        f"{(bytes_before or written.bytes_before) / 1e9:.2f} GB to "
+        f"{written.bytes_after / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s"
+        + (f", calibrated with {windows.numel():,} tokens" if calibrate is not None else "")
     )
+
+
+def calibration_windows(text: str, opened: FolderModel | GgufModel) -> torch.Tensor:
+    """Tokens, int64 [windows, length], of a text file, a .jsonl of training rows or "default"."""
+    from halfbyte.finetune.data import read_rows
+    from halfbyte.finetune.encode import encode_row, prepare_tokenizer
+    from halfbyte.finetune.errors import FinetuneError
+    from halfbyte.integrations.calibrate import default_text, row_windows, token_windows
+
+    path = Path(text)
+    if text != DEFAULT_TEXT and not path.is_file():
+        raise FinetuneError(f"calibrate {path}: expected a text file or the word default")
+    tokenizer = opened.tokenizer()
+    if text == DEFAULT_TEXT:
+        return token_windows(default_text(), tokenizer)
+    if path.suffix == ".jsonl":
+        prepare_tokenizer(tokenizer)
+        return row_windows(encode_row(row, tokenizer).input_ids for row in read_rows(path))
+    try:
+        return token_windows(path.read_text(encoding="utf-8"), tokenizer)
+    except UnicodeDecodeError as error:
+        raise FinetuneError(f"calibrate {path}: expected UTF-8: {error}") from None
+
+
+def save_calibrated(
+    opened: FolderModel | GgufModel,
+    folder: Path,
+    config: NF4Config,
+    windows: torch.Tensor,
+    options: dict[str, Any],
+    console: Console,
+) -> int:
+    """Saves the calibrated model and its tokenizer in `folder`; the dense model's bytes."""
+    from halfbyte.cli.models import quiet
+    from halfbyte.integrations.calibrate import calibrate_model, load_dense
+    from halfbyte.integrations.gguf_models import GgufModel
+    from halfbyte.integrations.packed_folder import _TOKENIZER_FILES
+
+    with quiet():
+        model = load_dense(opened.path, options["dtype"])
+        bytes_before = sum(parameter.nbytes for parameter in model.parameters())
+        with progress_bar(console, "calibrating", of_layers=True) as report:
+            calibrate_model(model, windows, config=config, progress=report)
+        model.save_pretrained(folder)
+        if isinstance(opened, GgufModel):
+            opened.tokenizer().save_pretrained(folder)
+            return bytes_before
+    for name in _TOKENIZER_FILES:
+        if (opened.path / name).is_file():
+            shutil.copyfile(opened.path / name, folder / name)
+    return bytes_before
 
 
 def parse_size(text: str) -> int:
@@ -127,12 +213,13 @@ def parse_dtype(name: str | None) -> Any:
 
 
 class progress_bar:
-    """A bar over bytes, as a context manager; yields the function that moves it."""
+    """A bar over bytes, or layers, as a context manager; yields the function that moves it."""
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, of_layers: bool = False) -> None:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             Progress,
             TextColumn,
             TimeRemainingColumn,
@@ -141,7 +228,7 @@ class progress_bar:
         self.bar = Progress(
             TextColumn(title),
             BarColumn(),
-            DownloadColumn(),
+            MofNCompleteColumn() if of_layers else DownloadColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[name]}"),
             console=console,

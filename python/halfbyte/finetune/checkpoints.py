@@ -26,7 +26,7 @@ FOLDER, RECORD, SETTINGS = "checkpoints", "checkpoint.json", "config.yaml"
 # Settings that change no number of a run. Base and data are compared by content.
 FREE = frozenset({
     "base", "data", "eval_data", "out", "overwrite", "resume", "save_every", "keep", "eval_every",
-    "non_finite", "paged_optimizer", "stream_layers",
+    "non_finite", "paged_optimizer", "stream_layers", "report", "report_to",
 })  # fmt: skip
 
 

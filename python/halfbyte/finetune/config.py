@@ -84,6 +84,13 @@ class FinetuneConfig:
     block_size: int = _setting(64, "Weights that share one scale.", "4-bit base", low=32, high=4096)
     double_quant: bool = _setting(True, "Quantize the scales as well.", "4-bit base")
 
+    calibrate: bool = _setting(
+        False,
+        "Choose codes and scales for what the layers see on the training rows: less damage by the "
+        "4 bits. Runs the 16-bit model once.",
+        "4-bit base",
+    )
+
     lr: float = _setting(2e-4, "Peak learning rate.", "Training", above=0)
     schedule: str = _setting("cosine", "Learning-rate schedule.", "Training", choices=SCHEDULES)
     warmup: float = _setting(
@@ -142,6 +149,14 @@ class FinetuneConfig:
         "Speed and memory",
     )
 
+    report: bool = _setting(
+        False,
+        "Write report.html too: curves, answers, settings and versions on one page.",
+        "Report",
+    )
+    report_to: tuple[str, ...] = _setting(
+        (), "Follow the run in tensorboard, wandb, ..., comma separated, if installed.", "Report"
+    )
     eval_every: int | None = _setting(
         None, "Measure the held-out loss every N steps too, not only at both ends.", "Report", low=1
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
 
 from halfbyte.finetune import base as bases
 from halfbyte.finetune import checkpoints
@@ -16,7 +17,7 @@ from halfbyte.finetune.encode import EncodedRows, encode_rows, prepare_tokenizer
 from halfbyte.finetune.errors import FinetuneError
 from halfbyte.finetune.report import Report
 
-RESULT_FILES = ("adapter", "metrics.jsonl", "loss.png", "config.yaml", "run.json")
+RESULT_FILES = ("adapter", "metrics.jsonl", "loss.png", "report.html", "config.yaml", "run.json")
 DEFAULT_MAX_LENGTH = 1024
 
 
@@ -37,6 +38,7 @@ class Plan:
 def check(config: FinetuneConfig, report: Report) -> Plan:
     """Find all that is wrong before any weight is read."""
     _check_out(config)
+    _check_report_to(config)
     train_rows, held_out_rows = _read_data(config)
     report.stage("checking the base model, the data and the settings")
     base = bases.open_base(config.base)
@@ -67,7 +69,7 @@ def check(config: FinetuneConfig, report: Report) -> Plan:
 def _check_packing(base: bases.Base, config: FinetuneConfig) -> None:
     """A packed base has its format, and no other can be asked for; only it can be streamed."""
     defaults = {field.name: field.default for field in fields(FinetuneConfig)}
-    for name in ("block_size", "double_quant", "codebook"):
+    for name in ("block_size", "double_quant", "codebook", "calibrate"):
         if base.is_packed and getattr(config, name) != defaults[name]:
             raise FinetuneError(
                 f"{name}: base {base.source} is packed already and keeps its format"
@@ -98,6 +100,16 @@ def _check_out(config: FinetuneConfig) -> None:
         )
     if held and not config.overwrite:
         raise FinetuneError(f"out {out}: already holds a run ({held[0]}); pass --overwrite")
+
+
+def _check_report_to(config: FinetuneConfig) -> None:
+    there = get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in there:
+            raise FinetuneError(
+                f"report_to: expected what is installed here ({', '.join(there) or 'nothing'}), "
+                f"got {name!r}"
+            )
 
 
 def _read_data(config: FinetuneConfig) -> tuple[list[Row], list[Row]]:

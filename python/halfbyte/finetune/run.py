@@ -15,6 +15,7 @@ process 0 alone reports and writes (processes.py).
 import contextlib
 import dataclasses
 import logging
+import os
 import platform
 import shlex
 import tempfile
@@ -57,10 +58,12 @@ from halfbyte.finetune.files import (
 )
 from halfbyte.finetune.interruption import Interruption
 from halfbyte.finetune.metrics import EvalRecord, MetricsLog
+from halfbyte.finetune.page import write_page
 from halfbyte.finetune.plan import RESULT_FILES, Plan, check
 from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
 from halfbyte.finetune.saving import Saver
 from halfbyte.finetune.trainer import CheckpointCallback, CompletionTrainer, MetricsCallback
+from halfbyte.integrations.calibrate import calibrate_model, load_dense, row_windows
 from halfbyte.integrations.layer_streaming import stream_layers
 from halfbyte.integrations.transformers import NF4Config
 from halfbyte.optim import AdamW8bit, PagedAdamW8bit
@@ -105,13 +108,19 @@ def load(plan: Plan, report: Report) -> PeftModel:
         report.stage("mapping the packed base model")
         model = bases.load_model(plan.base, plan.dtype)
     else:
-        report.stage("reading the base model and packing it to 4 bits")
         packing = NF4Config(
             block_size=config.block_size,
             double_quant=config.double_quant,
             codebook=config.codebook,
         )
-        model = bases.load_model(plan.base, plan.dtype, packing)
+        if config.calibrate:
+            report.stage("calibrating the 4-bit base on the training rows")
+            model = load_dense(plan.base.source, plan.dtype)
+            windows = row_windows(sample.input_ids for sample in plan.train.samples)
+            calibrate_model(model, windows, config=packing)
+        else:
+            report.stage("reading the base model and packing it to 4 bits")
+            model = bases.load_model(plan.base, plan.dtype, packing)
     dense = bases.parameter_count(model.config) * plan.dtype.itemsize
     packed = _bytes_of(model)
     set_seed(config.seed)
@@ -163,7 +172,8 @@ def train(
         tempfile.TemporaryDirectory() as scratch,
         Interruption(report.stage) as interruption,
     ):
-        trainer = build_trainer(plan, model, callback, scratch)
+        with _tensorboard_folder(config.out / "tensorboard"):
+            trainer = build_trainer(plan, model, callback, scratch)
         callback.trainer, trainer.checkpoint = trainer, checkpoint
         trainer.save = lambda: saver.save(trainer, callback.elapsed_s)
         trainer.add_callback(CheckpointCallback(config.save_every, interruption))
@@ -225,8 +235,26 @@ def _result(
     return RunResult(
         plan.base.name, plan.base.origin, before, after, sample, len(log.steps),
         sum(record.tokens for record in log.steps), train_s, time.perf_counter() - start,
-        trainer.peak_rss_bytes(), {name: plan.config.out / name for name in RESULT_FILES},
+        trainer.peak_rss_bytes(), _files_of(plan.config),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Where tensorboard's callback, made meanwhile, will write, if nothing else was said."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+
+
+def _files_of(config: FinetuneConfig) -> dict[str, Path]:
+    names = [name for name in RESULT_FILES if config.report or name != "report.html"]
+    return {name: config.out / name for name in names}
 
 
 def build_trainer(
@@ -259,7 +287,7 @@ def build_trainer(
         disable_tqdm=True,
         save_strategy="no",
         eval_strategy="no",
-        report_to="none",
+        report_to=list(config.report_to) or "none",
     )
     trainer = CompletionTrainer(
         model,
@@ -298,27 +326,35 @@ def _write(plan: Plan, model: PeftModel, log: MetricsLog, result: RunResult) -> 
         draw_loss_curve(file, f"{result.base_name}, 4-bit QLoRA", log.steps, log.evals)
     settings = plan.config.as_dict() | {"resume": False}
     write_text(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    write_json(
-        out / "run.json",
-        {
-            "base": {"source": str(plan.base.source), "origin": plan.base.origin},
-            "config": settings,
-            "data": {
-                "train": _counts(plan.train),
-                "held_out": _counts(plan.held_out) if plan.held_out is not None else None,
-            },
-            "held_out_before": dataclasses.asdict(result.before) if result.before else None,
-            "held_out_after": dataclasses.asdict(result.after) if result.after else None,
-            "sample": dataclasses.asdict(result.sample) if result.sample else None,
-            "processes": processes.count(),
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "train_s": result.train_s,
-            "total_s": result.total_s,
-            "peak_rss_bytes": result.peak_rss_bytes,
-            "versions": versions(),
+    summary = {
+        "base": {"source": str(plan.base.source), "origin": plan.base.origin},
+        "config": settings,
+        "data": {
+            "train": _counts(plan.train),
+            "held_out": _counts(plan.held_out) if plan.held_out is not None else None,
         },
-    )
+        "held_out_before": dataclasses.asdict(result.before) if result.before else None,
+        "held_out_after": dataclasses.asdict(result.after) if result.after else None,
+        "sample": dataclasses.asdict(result.sample) if result.sample else None,
+        "processes": processes.count(),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "train_s": result.train_s,
+        "total_s": result.total_s,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    if plan.config.report:
+        write_page(
+            out / "report.html", f"{result.base_name}, 4-bit QLoRA", summary, log.steps, log.evals
+        )
+    write_json(out / "run.json", summary)
+
+
+def machine() -> str:
+    """The processor, and what may be used of it."""
+    return f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
