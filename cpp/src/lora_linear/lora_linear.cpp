@@ -220,11 +220,6 @@ const PanelKernels& panel_kernels_amx() {
     PanelKernels tiled = panel_kernels_avx512bf16();
     tiled.multiply = multiply_amx;
     tiled.most_few_rows = 3;
-    tiled.panel_units = 512;
-    tiled.tile_rows = 32;
-    tiled.block_rows = 512;
-    tiled.panels_a_task = 4;
-    tiled.packing_costs = 100;
     return tiled;
   }();
   return kernels;

@@ -6,12 +6,11 @@
 //   C   16 rows x 16 lanes of fp32 sums
 //
 // Two A and two B give four products, 32 rows x 32 lanes a step of 16 units: four loads for four
-// products of twice a load's time. All rows go over 32 KB of the panel, which stay in L1, before
-// the next 32 KB; the sums wait in `partial`.
+// products of twice a load's time. A step reads 4 KB, and the panel stays in L2.
 //
 // Tiles cover whole steps. What comes before (the LoRA branch, masked) and after (the last units of
-// a ragged reduction, bias, the rounding to the output's type) is the vector kernel's, from and to
-// `partial`, which every product must have. Sums are fp32 in the order of the steps.
+// a ragged reduction, bias, the rounding to the output's type) is the vector kernel's, which meets
+// the tiles in 32 x 64 sums in L1. Sums are fp32 in the order of the steps, whatever the threads.
 #include <immintrin.h>
 #include <string.h>
 
@@ -23,8 +22,6 @@ namespace {
 constexpr int kTile = 16;  // rows, lanes and units of a tile
 constexpr int kBlockRows = 2 * kTile;
 constexpr int kUnitBytes = 4;
-constexpr int64_t kStepBytes = kTile * kUnitBytes;  // of a row of activations
-constexpr int64_t kStepsInL1 = 16;                  // of 32 lanes: 32 KB of the panel
 constexpr int64_t kPanelRowBytes = kPanelLanes * kUnitBytes;
 constexpr int64_t kLeastRows = 4;  // fewer are as fast in vectors
 
@@ -53,7 +50,7 @@ inline void finish_stores() {
 // sums[row, lane] (+)= in * panel over `steps` steps, for 16 or 32 rows by 16 or 32 lanes.
 template <int row_tiles, int lane_tiles>
 void multiply_steps(const char* in, int64_t stride, const char* panel, int64_t steps, bool add,
-                    float* sums) {
+                    float* sums, Ahead& ahead, int64_t lines_a_step) {
   constexpr int64_t kSumsRow = kPanelLanes * sizeof(float);
   constexpr int64_t kLower = kTile * kPanelLanes;
   if (add) {
@@ -68,7 +65,7 @@ void multiply_steps(const char* in, int64_t stride, const char* panel, int64_t s
     _tile_zero(3);
   }
   for (int64_t step = 0; step < steps; ++step) {
-    const char* left = in + step * kStepBytes;
+    const char* left = in + step * kTile * kUnitBytes;
     const char* right = panel + step * kTile * kPanelRowBytes;
     _tile_loadd(6, right, kPanelRowBytes);
     _tile_loadd(4, left, stride);
@@ -82,6 +79,11 @@ void multiply_steps(const char* in, int64_t stride, const char* panel, int64_t s
       _tile_dpbf16ps(2, 5, 6);
       if (lane_tiles == 2) _tile_dpbf16ps(3, 5, 7);
     }
+    for (int64_t line = 0; line < lines_a_step && ahead.count > 0; ++line) {
+      __builtin_prefetch(ahead.next, 0, 2);
+      ahead.next += ahead.step;
+      --ahead.count;
+    }
   }
   _tile_stored(0, sums, kSumsRow);
   if (lane_tiles == 2) _tile_stored(1, sums + kTile, kSumsRow);
@@ -89,13 +91,18 @@ void multiply_steps(const char* in, int64_t stride, const char* panel, int64_t s
   if (row_tiles == 2 && lane_tiles == 2) _tile_stored(3, sums + kLower + kTile, kSumsRow);
 }
 
-// A product of `part.rows` rows without its main reduction: from and to `p.partial`, or from there
-// to the output.
-PanelProduct without_units(const PanelProduct& p) {
-  PanelProduct rest = p;
-  rest.units = 0;
-  rest.ahead = {};
-  return rest;
+// Rows [row, row + rows) of a product, its partial sums in `sums`.
+PanelProduct rows_of(const PanelProduct& p, int64_t row, int64_t rows, float* sums) {
+  PanelProduct part = p;
+  part.rows = rows;
+  part.in = static_cast<const char*>(p.in) + row * p.stride;
+  if (p.first_in) part.first_in = static_cast<const char*>(p.first_in) + row * p.first_stride;
+  part.mask_row += row;
+  part.partial = sums;
+  const int64_t out_bytes = p.out_dtype == DType::kFloat32 ? 4 : 2;
+  part.out = static_cast<char*>(p.out) + row * p.out_stride * out_bytes;
+  part.ahead = {};
+  return part;
 }
 
 }  // namespace
@@ -105,47 +112,51 @@ void multiply_amx(const PanelProduct& p) {
   const int64_t steps = p.units / kTile, tail = p.units % kTile;
   if (p.rows < kLeastRows || steps == 0) return vectors.multiply(p);
 
-  if (p.first_in) {
-    PanelProduct first = without_units(p);
-    first.store_partial = true;
-    vectors.multiply(first);
-  }
-  const char* in = static_cast<const char*>(p.in);
-  const char* panel = static_cast<const char*>(p.panel);
-  bool add = p.first_in || p.load_partial;
+  alignas(64) float own_sums[kBlockRows * kPanelLanes];
+  Ahead ahead = p.ahead;
   int64_t configured = 0;
-  for (int64_t step = 0; step < steps; step += kStepsInL1) {
-    const int64_t count = steps - step < kStepsInL1 ? steps - step : kStepsInL1;
-    for (int lane = 0; lane < p.lanes; lane += 2 * kTile)
-      for (int64_t row = 0; row < p.rows; row += kBlockRows) {
-        const int64_t rows = p.rows - row < kBlockRows ? p.rows - row : kBlockRows;
-        if (rows != configured) {
-          const TileShapes shapes(rows);
-          finish_stores();
-          _tile_loadconfig(&shapes);
-          configured = rows;
-        }
-        finish_stores();
-        const bool pair = p.lanes - lane > kTile;
-        const auto run = rows > kTile ? pair ? multiply_steps<2, 2> : multiply_steps<2, 1>
-                         : pair       ? multiply_steps<1, 2>
-                                      : multiply_steps<1, 1>;
-        run(in + row * p.stride + step * kStepBytes, p.stride,
-            panel + step * kTile * kPanelRowBytes + lane * kUnitBytes, count, add,
-            p.partial + row * kPanelLanes + lane);
-      }
-    add = true;
+  for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+    const int64_t rows = p.rows - row < kBlockRows ? p.rows - row : kBlockRows;
+    float* sums = p.partial ? p.partial + row * kPanelLanes : own_sums;
+    const PanelProduct part = rows_of(p, row, rows, sums);
+    if (p.first_in) {
+      PanelProduct first = part;
+      first.units = 0;
+      first.store_partial = true;
+      vectors.multiply(first);
+    }
+
+    if (rows != configured) {
+      const TileShapes shapes(rows);
+      finish_stores();
+      _tile_loadconfig(&shapes);
+      configured = rows;
+    }
+    finish_stores();
+    const bool add = p.first_in || p.load_partial;
+    const bool last = row + kBlockRows >= p.rows;
+    const char* panel = static_cast<const char*>(p.panel);
+    const char* in = static_cast<const char*>(part.in);
+    for (int lane = 0; lane < p.lanes; lane += 2 * kTile) {
+      const int64_t steps_left = steps * ((p.lanes - lane + 2 * kTile - 1) / (2 * kTile));
+      const int64_t lines = last ? (ahead.count + steps_left - 1) / steps_left : 0;
+      const auto run = rows > kTile
+                           ? p.lanes - lane > kTile ? multiply_steps<2, 2> : multiply_steps<2, 1>
+                       : p.lanes - lane > kTile ? multiply_steps<1, 2>
+                                                : multiply_steps<1, 1>;
+      run(in, p.stride, panel + lane * kUnitBytes, steps, add, sums + lane, ahead, lines);
+    }
+
+    if (p.store_partial && tail == 0) continue;
+    PanelProduct rest = part;
+    rest.first_in = nullptr;
+    rest.load_partial = true;
+    rest.units = tail;
+    rest.in = in + steps * kTile * kUnitBytes;
+    rest.panel = panel + steps * kTile * kPanelRowBytes;
+    vectors.multiply(rest);
   }
   _tile_release();
-
-  if (p.store_partial && tail == 0) return;
-  PanelProduct rest = without_units(p);
-  rest.first_in = nullptr;
-  rest.load_partial = true;
-  rest.units = tail;
-  rest.in = in + steps * kStepBytes;
-  rest.panel = panel + steps * kTile * kPanelRowBytes;
-  vectors.multiply(rest);
 }
 
 }  // namespace halfbyte

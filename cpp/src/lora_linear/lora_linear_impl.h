@@ -90,7 +90,7 @@ struct PanelProduct {
   int64_t stride;  // bytes
   const void* panel;
   int64_t units;
-  float* partial;      // [rows][64] sums of the chunks so far
+  float* partial;      // [rows][64] sums of the chunks so far, or null
   bool load_partial;   // start from `partial`
   bool store_partial;  // end in `partial` instead of `out`
   const float* bias;   // [64] or null
@@ -138,14 +138,6 @@ struct PanelKernels {
                     const DropoutMask& mask);
   // Up to so many rows `few_rows` is faster than panels; at most kFewRows.
   int64_t most_few_rows = kFewRows;
-  // How large products are cut: units of a panel at most; rows of a block at most, whole tiles; the
-  // panels that a task takes side by side, so that what it reads of a block's rows stays in L2; how
-  // many rows' multiplication the packing of their panel costs.
-  int64_t panel_units = kMaxPanelUnits;
-  int64_t tile_rows = 6;
-  int64_t block_rows = 516;
-  int64_t panels_a_task = 1;
-  int64_t packing_costs = 11;
 };
 
 const PanelKernels& panel_kernels_portable();
@@ -154,7 +146,7 @@ const PanelKernels& panel_kernels_avx512();
 const PanelKernels& panel_kernels_avx512bf16();
 const PanelKernels& panel_kernels_amx();
 
-// `multiply` of AMX-BF16 over the panels of AVX512-BF16; leaves anything in `partial`.
+// `multiply` of AMX-BF16 over the panels of AVX512-BF16.
 void multiply_amx(const PanelProduct& product);
 
 // How many times faster bf16 pairs are than fp32 units on this processor, measured once. Call it

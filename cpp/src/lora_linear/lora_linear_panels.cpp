@@ -16,7 +16,10 @@
 namespace halfbyte {
 namespace {
 
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kMaxBlockRows = 516;  // whole tiles; what a task reads of x stays in L3
 constexpr int64_t kMinBlockRows = 60;
+constexpr int64_t kPackRows = 11;    // packing a panel costs as much as multiplying so many rows
 constexpr int64_t kSkinnyRows = 48;  // rows a task of the skinny products T and U
 constexpr int64_t kManyTasks = 64;   // products of fewer tasks are cut along the reduction
 constexpr int64_t kMinPartUnits = 256;
@@ -27,13 +30,13 @@ int64_t element_bytes(DType dtype) {
 
 // Rows a task: of all numbers of blocks the one whose last thread is done first, when every task
 // costs its rows and one packing of its panel.
-int64_t block_rows(const PanelKernels& kernels, int64_t rows, int64_t panels, int threads) {
+int64_t block_rows(int64_t rows, int64_t panels, int threads) {
   int64_t best = 0, best_cost = 0;
-  const int64_t tile = kernels.tile_rows, fewest = ceil_div(rows, kernels.block_rows);
+  const int64_t fewest = ceil_div(rows, kMaxBlockRows);
   for (int64_t blocks = fewest; blocks <= std::max(fewest, rows / kMinBlockRows); ++blocks) {
-    const int64_t block = ceil_div(ceil_div(rows, blocks), tile) * tile;
+    const int64_t block = ceil_div(ceil_div(rows, blocks), kTileRows) * kTileRows;
     const int64_t rounds = ceil_div(panels * ceil_div(rows, block), threads);
-    const int64_t cost = rounds * (block + kernels.packing_costs);
+    const int64_t cost = rounds * (block + kPackRows);
     if (best != 0 && cost >= best_cost) continue;
     best = block;
     best_cost = cost;
@@ -50,7 +53,7 @@ struct Driver {
   // How long the chunks of a reduction are. One over nothing has a single empty chunk, which gives
   // zeros.
   int64_t chunk_of(int64_t depth) const {
-    return std::clamp<int64_t>(depth, 1, kernels.panel_units * per_unit());
+    return std::clamp<int64_t>(depth, 1, kMaxPanelUnits * per_unit());
   }
   size_t panel_bytes(int64_t elements) const {
     return static_cast<size_t>(units(elements)) * kPanelLanes * 4;
@@ -161,7 +164,7 @@ Ahead codes_of_panel(const Driver& driver, const WideProduct& w, int64_t lane, i
   const char* codes = reinterpret_cast<const char*>(weight->packed);
   if (w.lanes_are == Lanes::kColumns) return {codes + lane / 2, row_bytes, w.depth};
   const int64_t bytes = std::min<int64_t>(kPanelLanes, w.lanes - lane) * row_bytes;
-  const int64_t units = ceil_div(rows, driver.kernels.tile_rows) * driver.units(w.depth);
+  const int64_t units = ceil_div(rows, kTileRows) * driver.units(w.depth);
   const int64_t step = std::clamp(ceil_div(bytes, units), kLeastStep, kLine);
   return {codes + lane * row_bytes, step, ceil_div(bytes, step)};
 }
@@ -203,30 +206,27 @@ void multiply_chunk(const Driver& driver, const WideProduct& w, int64_t row, int
   driver.kernels.multiply(p);
 }
 
-// The panels [panel, last) of a block of rows. `next_lane`: of the panel that this thread will most
-// likely pack after these.
+// `next_lane`: the panel that this thread will most likely pack after this one.
 void multiply_block(const Driver& driver, const WideProduct& w, int64_t row, int64_t rows,
-                    int64_t panel, int64_t last, int64_t next_lane) {
-  const int64_t chunk = driver.chunk_of(w.depth), sums = rows * kPanelLanes;
-  float* partial = static_cast<float*>(thread_scratch(
-      ScratchSlot::kTile, static_cast<size_t>((last - panel) * sums) * sizeof(float)));
+                    int64_t lane, int64_t next_lane) {
+  float bias[kPanelLanes];
+  PanelProduct p = product_of(w, row, rows, lane);
+  if (w.bias.data) {
+    load_bias(w.bias, lane, p.lanes, bias);
+    p.bias = bias;
+  }
+  if (w.first_in) add_first(driver, w, row, lane, p);
+  const int64_t chunk = driver.chunk_of(w.depth);
+  if (w.depth > chunk)
+    p.partial = static_cast<float*>(thread_scratch(
+        ScratchSlot::kTile, static_cast<size_t>(rows) * kPanelLanes * sizeof(float)));
   for (int64_t begin = 0; begin == 0 || begin < w.depth; begin += chunk) {
     const int64_t count = std::min(chunk, w.depth - begin);
-    for (int64_t i = panel; i < last; ++i) {
-      const int64_t lane = i * kPanelLanes;
-      float bias[kPanelLanes];
-      PanelProduct p = product_of(w, row, rows, lane);
-      if (w.first_in && begin == 0) add_first(driver, w, row, lane, p);
-      p.partial = partial + (i - panel) * sums;
-      p.load_partial = begin > 0;
-      p.store_partial = begin + count < w.depth;
-      if (w.bias.data && !p.store_partial) {
-        load_bias(w.bias, lane, p.lanes, bias);
-        p.bias = bias;
-      }
-      if (!p.store_partial && i + 1 == last) p.ahead = codes_of_panel(driver, w, next_lane, rows);
-      multiply_chunk(driver, w, row, lane, begin, count, p);
-    }
+    p.store_partial = begin + count < w.depth;
+    if (!p.store_partial) p.ahead = codes_of_panel(driver, w, next_lane, rows);
+    multiply_chunk(driver, w, row, lane, begin, count, p);
+    p.load_partial = true;
+    p.first_in = nullptr;
   }
 }
 
@@ -280,17 +280,12 @@ void run_wide(const Driver& driver, const WideProduct& w) {
   const int64_t panels = ceil_div(w.lanes, kPanelLanes);
   const int64_t part = part_elements(driver, w, panels);
   if (part < w.depth) return run_wide_in_parts(driver, w, panels, part);
-  const int64_t per_block = block_rows(driver.kernels, rows, panels, driver.threads);
-  const int64_t blocks = ceil_div(rows, per_block);
-  // Several tasks a thread, so that none waits long for the last.
-  const int64_t side_by_side =
-      std::clamp<int64_t>(panels * blocks / (4 * driver.threads), 1, driver.kernels.panels_a_task);
-  const int64_t groups = ceil_div(panels, side_by_side);
-  parallel_for(groups * blocks, driver.threads, [&](int64_t task) {
-    const int64_t row = task / groups * per_block, panel = task % groups * side_by_side;
-    const int64_t next = (task + driver.threads) % groups * side_by_side;
-    multiply_block(driver, w, row, std::min(per_block, rows - row), panel,
-                   std::min(panel + side_by_side, panels), next * kPanelLanes);
+  const int64_t per_task = block_rows(rows, panels, driver.threads);
+  const int64_t blocks = ceil_div(rows, per_task);
+  parallel_for(panels * blocks, driver.threads, [&](int64_t task) {
+    const int64_t row = task / panels * per_task;
+    multiply_block(driver, w, row, std::min(per_task, rows - row), task % panels * kPanelLanes,
+                   (task + driver.threads) % panels * kPanelLanes);
   });
 }
 

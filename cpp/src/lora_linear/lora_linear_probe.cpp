@@ -19,14 +19,13 @@ constexpr int64_t kRows = 48, kProbeUnits = 256;
 // One product from cache, and how many multiply-adds it is.
 struct Probe {
   const PanelKernels& kernels;
-  AlignedBuffer panel, in, partial, out;
+  AlignedBuffer panel, in, out;
   PanelProduct product{};
 
   Probe(const PanelKernels& variant, int64_t units)
       : kernels(variant),
         panel(static_cast<size_t>(units) * kPanelLanes * 4),
         in(static_cast<size_t>(kRows * units) * 4),
-        partial(static_cast<size_t>(kRows) * kPanelLanes * 4),
         out(static_cast<size_t>(kRows) * kPanelLanes * 4) {
     for (int64_t i = 0; i < units * kPanelLanes; ++i) panel.as<uint32_t>()[i] = 0x3C003C00;
     for (int64_t i = 0; i < kRows * units; ++i) in.as<uint32_t>()[i] = 0x3C003C00;
@@ -36,7 +35,6 @@ struct Probe {
     product.stride = units * 4;
     product.panel = panel.as<void>();
     product.units = units;
-    product.partial = partial.as<float>();
     product.out = out.as<void>();
     product.out_dtype = DType::kFloat32;
     product.out_stride = kPanelLanes;
