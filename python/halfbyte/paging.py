@@ -52,7 +52,7 @@ class FileArena(mmap.mmap):
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"paged optimizer state: {size} bytes in {folder}: {os.strerror(error.errno)}",
+                f"paged optimizer state: {size} bytes in {folder}: {os.strerror(error.errno or 0)}",
             ) from None
         arena.bytes = size
         arena.address = torch.frombuffer(arena, dtype=torch.uint8).data_ptr()

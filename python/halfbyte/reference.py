@@ -73,6 +73,7 @@ def scales(
     """float32 scale of each block: absmax, or map[absmax] * nested_absmax + offset."""
     if nested_absmax is None:
         return absmax
+    assert offset is not None, "double quantization has an offset"
     nested = nested_absmax.repeat_interleave(256)[: absmax.numel()]
     return values[absmax.long()] * nested + offset
 
@@ -131,6 +132,7 @@ def lora_linear(
     if bias is not None:
         y = y + bias.double()
     if lora_a is not None:
+        assert lora_b is not None, "lora_a and lora_b come together"
         dropped = x if mask is None else x * mask.view(x.shape)
         y = y + scaling * (dropped @ lora_a.double().T) @ lora_b.double().T
     return y

@@ -1,12 +1,16 @@
-"""report.html of a run: whole in itself, escaped, and what it says is run.json."""
+"""report.html of a run: whole in itself, escaped, and what it says is run.json; --report-to."""
 
 import json
 import re
 
 import pytest
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
+from finetune_cases import records, run, save_inputs, stop
 from halfbyte.cli.main import app
+from halfbyte.finetune import plan
 from tiny_model import colour_rows, save_model, write_jsonl
 
 HOSTILE = "red <script>alert(1)</script> & more?"
@@ -53,6 +57,42 @@ def test_it_says_what_the_run_says(out):
         assert f"<tr><td>{name}</td>" in page and (value is None or str(value)[:10]), name
     assert run["versions"]["torch"] in page and run["machine"] in page
     assert f"{run['tokens']:,}" in page
+
+
+def test_a_resumed_run_shows_every_step(tmp_path):
+    """The page of the rest of a run has the losses of all of it."""
+    inputs, out = save_inputs(tmp_path), tmp_path / "out"
+    stop(inputs, out, 3, eval_every=2)
+    result = _run("--out", out, "--resume", "--report")
+    assert result.exit_code == 0, result.output
+    losses = re.search(r"<svg.*?</svg>", (out / "report.html").read_text(), re.DOTALL).group()
+    lines = re.findall(r'<path d="([^"]*)" clip-path', losses)
+    points = [len(re.findall("[ML]", line)) for line in lines]
+    held_out = sum(line["kind"] == "eval" for line in records(out))
+    assert held_out == 6 and sorted(points)[-3:] == [held_out, 10, 10]
+
+
+class Follower(TrainerCallback):
+    """As tensorboard's: told the logs of a run."""
+
+    told: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.told.append({"step": state.global_step, **logs})
+
+
+def test_followers_hear_of_steps_and_held_out_losses(tmp_path, monkeypatch):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "follower", Follower)
+    monkeypatch.setattr(plan, "get_available_reporting_integrations", lambda: ["follower"])
+    monkeypatch.setattr(Follower, "told", [])
+    changes = {"report_to": "follower", "eval_every": 2, "steps": 4}
+    run(save_inputs(tmp_path), tmp_path / "out", **changes)
+    heard = {
+        kind: [t["step"] for t in Follower.told if kind in t] for kind in ("loss", "eval_loss")
+    }
+    assert heard == {"loss": [1, 2, 3, 4], "eval_loss": [0, 2, 4]}
+    measured = [line["loss"] for line in records(tmp_path / "out") if line["kind"] == "eval"]
+    assert [t["eval_loss"] for t in Follower.told if "eval_loss" in t] == measured
 
 
 def test_what_is_not_installed_is_refused_before_any_work(out, tmp_path):

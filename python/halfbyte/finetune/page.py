@@ -99,7 +99,7 @@ def _svg(draw) -> str:
     settings = {"font.size": 9, "axes.edgecolor": "#888888", "text.color": INK,
                 "svg.fonttype": "none", "font.family": "sans-serif"}  # fmt: skip
     with pyplot.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(4.8, 2.6), layout="constrained")
         draw(axes)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -107,7 +107,9 @@ def _svg(draw) -> str:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
         pyplot.close(figure)
     text = file.getvalue()
     return text[text.index("<svg") :]

@@ -278,6 +278,8 @@ class MetricsCallback(TrainerCallback):
         loss, tokens = self.trainer.held_out_loss()
         record = EvalRecord(step, loss, tokens, self.elapsed_s if step else 0.0)
         self._emit(record)
+        if self.trainer.args.report_to:
+            self.trainer.log({"eval_loss": loss})
         return record
 
     def _emit(self, record: StepRecord | EvalRecord) -> None:

@@ -133,7 +133,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:
-    values = {key: config[key] for key in ("r", "lora_alpha") if key in config}
+    values: dict[str, Any] = {key: config[key] for key in ("r", "lora_alpha") if key in config}
     for setting in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(setting, {})
         if not isinstance(patterns, dict):

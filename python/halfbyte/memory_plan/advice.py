@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from halfbyte.memory_plan.plan import Settings, plan
 from halfbyte.memory_plan.scaling import rank_plan
@@ -58,7 +59,7 @@ def changes_that_fit(
     return []
 
 
-def _steps(settings: Settings) -> Iterator[tuple[str, dict[str, object]]]:
+def _steps(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
     """(flags, changed settings), those that cost nothing or only time first."""
     if settings.method != "qlora":
         yield "--method qlora", {"method": "qlora"}

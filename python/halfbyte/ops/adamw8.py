@@ -285,13 +285,13 @@ class StepTable:
             self._grad_dtypes = grad_dtypes
             self._set("grad_dtype", [_DTYPE_CODES[dtype] for dtype in grad_dtypes])
         if self.verdict is not None:
-            return self._run_cuda(groups)
+            return self._run_cuda(self.verdict, groups)
         if len(self._pages) > 1:
             return self._run_pages(grads, groups)
         return _C.adamw8_step(self._rows, groups, thread_count())
 
-    def _run_cuda(self, groups: Groups) -> tuple[int, int]:
-        bad = self.verdict.bad
+    def _run_cuda(self, verdict: Verdict, groups: Groups) -> tuple[int, int]:
+        bad = verdict.bad
         stream = stream_of(bad)
         if self._memory is None:
             _C.adamw8_step(self._rows, groups, 1, self._index, stream, bad)
@@ -299,7 +299,7 @@ class StepTable:
             pages = [(p.arena, p.begin, p.end, p.first, p.count) for p in self._pages]
             ahead, evict = self._memory.look_ahead, self._memory.evict
             _C.adamw8_paged_step(self._rows, groups, pages, ahead, evict, self._index, stream, bad)
-        self.verdict.follow()
+        verdict.follow()
         return FINITE
 
     def _run_pages(self, grads, groups: Groups) -> tuple[int, int]:

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch.nn import Parameter
 
 from halfbyte.ops.adamw8 import BLOCK
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _PLAIN = {torch.Tensor, Parameter}
 
@@ -37,7 +40,7 @@ def locals_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return tensors if set(map(type, tensors)) <= _PLAIN else list(map(local, tensors))
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "_local_tensor")
 
 
@@ -61,7 +64,7 @@ def anyone(flag: bool, params: Iterable[torch.Tensor]) -> bool:
     return flag
 
 
-def whole(state: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
+def whole(state: Mapping[str, Any], param: DTensor) -> dict[str, Any]:
     """The state of `param`'s shard as DTensors; shares memory except for padded scales."""
     from torch.distributed.tensor import DTensor, Shard
 
@@ -80,7 +83,12 @@ def whole(state: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
         if value.numel() != blocks:
             value = torch.nn.functional.pad(value, (0, blocks - value.numel()))
         return DTensor.from_local(
-            value, mesh, first, run_check=False, shape=(blocks * count(param),), stride=(1,)
+            value,
+            mesh,
+            first,
+            run_check=False,
+            shape=torch.Size((blocks * count(param),)),
+            stride=(1,),
         )
 
     return {name: wrap(name, value) for name, value in state.items()}
@@ -123,10 +131,11 @@ def whole_state_dict(
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
-def _largest_blocks(param: torch.Tensor) -> int:
+def _largest_blocks(param: DTensor) -> int:
     """Blocks of the largest shard: the first, as shards are cut."""
     size = list(param.shape)
     for placement, parts in zip(param.placements, param.device_mesh.shape, strict=True):
         if placement.is_shard():
-            size[placement.dim] = -(-size[placement.dim] // parts)
+            dim: int = placement.dim  # type: ignore[attr-defined]  # a Shard has it
+            size[dim] = -(-size[dim] // parts)
     return -(-math.prod(size) // BLOCK)

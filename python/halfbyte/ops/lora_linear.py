@@ -127,14 +127,14 @@ def _backward_fake(dy, x, *args):
 
 def _fused_forward(x, *args):
     if x.is_cpu:
-        _C.lora_linear_forward(x, *args, thread_count())
+        _C.lora_linear_forward(x, *args, thread_count())  # type: ignore[call-arg]
     else:
         _on_cuda(_C.lora_linear_forward, _C.lora_linear_forward_workspace, x, *args)
 
 
 def _fused_backward(dy, *args):
     if dy.is_cpu:
-        _C.lora_linear_backward(dy, *args, thread_count())
+        _C.lora_linear_backward(dy, *args, thread_count())  # type: ignore[call-arg]
     else:
         _on_cuda(_C.lora_linear_backward, _C.lora_linear_backward_workspace, dy, *args)
 
