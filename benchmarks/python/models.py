@@ -57,21 +57,27 @@ def describe(model: str, layers: int | None) -> str:
     return f"{model} shape, {layers or all_layers} of {all_layers} layers, random weights"
 
 
+def load_smollm2():
+    """(SmolLM2-135M dense in bfloat16, its tokenizer): the dequantized Q4_1 release."""
+    from halfbyte.finetune import demo
+    from halfbyte.integrations.model_sources import open_model
+    from halfbyte.integrations.streaming import load_dense
+
+    package = demo._package_folder(demo.MODEL_PACKAGE, demo.MODEL_REQUIREMENT)
+    source = package / demo.MODEL_FILE
+    return load_dense(source, torch.bfloat16), open_model(source).tokenizer()
+
+
 def prepare(model: str, layers: int | None, folder: Path) -> Path:
     """A Hugging Face folder in bf16; random weights are written to `folder`."""
     import transformers
 
     if model == "smollm2":
-        from halfbyte.finetune import demo
-        from halfbyte.integrations.calibrate import load_dense
-        from halfbyte.integrations.model_sources import open_model
-
         if layers:
             raise ValueError("smollm2 is a trained model: expected no --layers")
-        package = demo._package_folder(demo.MODEL_PACKAGE, demo.MODEL_REQUIREMENT)
-        source = package / demo.MODEL_FILE
-        load_dense(source, torch.bfloat16).save_pretrained(folder)
-        open_model(source).tokenizer().save_pretrained(folder)
+        dense, tokenizer = load_smollm2()
+        dense.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return folder
     settings = SHAPES[model] | ({"num_hidden_layers": layers} if layers else {})
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import halfbyte
-from benchmarks.python import timing
+from benchmarks.python import models, timing
 from benchmarks.quality import measure, texts
 from halfbyte.integrations.calibrate import (
     SAMPLES,
@@ -90,12 +90,9 @@ def draw(rows: list[dict], output: Path) -> None:
                           ha="center", fontsize=8)  # fmt: skip
     axes.set_xticks(range(len(texts.SCORED)), [TITLES[name] for name in texts.SCORED])
     axes.set_ylabel("loss above 16 bits, nats a token")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.set_title("SmolLM2-135M in NF4 + double quantization, held-out text", fontsize=11)
-    figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    measure.save_figure(
+        figure, axes, "SmolLM2-135M in NF4 + double quantization, held-out text", output
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure.read_rows(path) if options.resume else []
     left = [kind for kind in KINDS if kind not in {row["weights"] for row in rows}]
     if left:
-        dense, tokenizer = measure.load()
+        dense, tokenizer = models.load_smollm2()
         held_out = measure.held_out(tokenizer, options)
     for kind in left:
         rows.append(measured(kind, dense, tokenizer, held_out, options))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.python import timing
+from benchmarks.python import models, timing
 from benchmarks.quality import measure
 from halfbyte.nf4_weight import quantize_4bit
 
@@ -89,12 +89,7 @@ def draw(rows: list[dict], output: Path) -> None:
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.set_title("SmolLM2-135M, mean of three held-out texts", fontsize=11)
-    figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    measure.save_figure(figure, axes, "SmolLM2-135M, mean of three held-out texts", output)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure.read_rows(path) if options.resume else []
     cases = [(BASE, "")] + [(kind, block) for block in BLOCK_SIZES for kind in FORMATS]
     if len(rows) < len(cases):
-        model, tokenizer = measure.load()
+        model, tokenizer = models.load_smollm2()
         windows = measure.held_out(tokenizer, options)
         layers = measure.linear_layers(model)
         dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}

@@ -28,20 +28,22 @@ def parser(documentation: str) -> argparse.ArgumentParser:
     command.add_argument("--windows", type=int, default=8, help="held-out windows a text")
     command.add_argument("--length", type=int, default=512, help="tokens a window")
     command.add_argument(
-        "--resume", action="store_true", help="keep the rows of this machine and commit"
+        "--resume",
+        action="store_true",
+        help="keep the rows that are there; they take this machine's and commit's name",
     )
     command.add_argument("--image", type=Path, metavar="PNG", help="draw the result there")
     return command
 
 
-def load():
-    """(dense model in bfloat16, tokenizer)."""
-    from halfbyte.finetune import demo
-    from halfbyte.integrations.calibrate import load_dense
-    from halfbyte.integrations.model_sources import open_model
-
-    source = demo._package_folder(demo.MODEL_PACKAGE, demo.MODEL_REQUIREMENT) / demo.MODEL_FILE
-    return load_dense(source), open_model(source).tokenizer()
+def save_figure(figure, axes, title: str, output: Path) -> None:
+    """The look that the figures share, and the file."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(title, fontsize=11)
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
 
 
 def held_out(tokenizer, options: argparse.Namespace) -> dict[str, torch.Tensor]:

@@ -27,12 +27,12 @@ from halfbyte.finetune.encode import encode_row
 from halfbyte.integrations import calibrate
 from halfbyte.integrations.calibrate import (
     calibrate_model,
-    load_dense,
     quantize_calibrated_,
     row_windows,
     token_windows,
 )
 from halfbyte.integrations.folder_check import verify_folder
+from halfbyte.integrations.streaming import load_dense
 from halfbyte.nn import NF4Linear
 from tiny_model import build_config, build_tokenizer, save_gguf
 

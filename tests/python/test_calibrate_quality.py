@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from benchmarks.python import models
 from benchmarks.quality import calibration, formats, measure, texts
 from transformers import LlamaForCausalLM
 
@@ -25,7 +26,7 @@ def tiny():
 @pytest.fixture
 def folder(tmp_path, tiny, monkeypatch):
     """Texts, and the tiny model in the place of SmolLM2."""
-    monkeypatch.setattr(measure, "load", lambda: tiny)
+    monkeypatch.setattr(models, "load_smollm2", lambda: tiny)
     words = WORDS.split()
     for i, name in enumerate((*texts.SCORED, "foreign")):
         for j, part in enumerate(("calibration", "held-out")):

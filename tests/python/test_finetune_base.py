@@ -94,8 +94,15 @@ def test_unknown_architecture(copy):
     assert "no-such-model" in _message(copy)
 
 
+def test_already_quantized_in_another_way(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "got a quantized model" in _message(copy)
+
+
 def test_targets_are_matched_as_peft_does():
-    linear, head = bases.linear_names(build_config())
+    linear, head = bases.linear_names(bases.without_weights(build_config()))
     assert head == "lm_head" and head not in linear
     assert len(linear) == 2 * 7
     bases.check_targets((), linear, head)
@@ -117,7 +124,8 @@ def test_targets_are_matched_as_peft_does():
 def test_parameters_are_counted_as_in_the_dense_model():
     for tied in (True, False):
         config = build_config(tie_word_embeddings=tied)
-        assert bases.parameter_count(config) == LlamaForCausalLM(config).num_parameters()
+        counted = bases.without_weights(config).num_parameters()
+        assert counted == LlamaForCausalLM(config).num_parameters()
 
 
 def test_a_gguf_file_is_packed_as_it_is_read(tmp_path):

@@ -6,18 +6,13 @@ import re
 import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
-from typer.testing import CliRunner
 
+import cli_cases
 from finetune_cases import records, run, save_inputs, stop
-from halfbyte.cli.main import app
 from halfbyte.finetune import plan
 from tiny_model import colour_rows, save_model, write_jsonl
 
 HOSTILE = "red <script>alert(1)</script> & more?"
-
-
-def _run(*arguments):
-    return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +20,12 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     save_model(folder / "base")
     write_jsonl(folder / "rows.jsonl", colour_rows(24))
-    result = _run(
-        "--base", folder / "base", "--data", folder / "rows.jsonl", "--out", folder / "out",
+    result = cli_cases.run(
+        "finetune", "--base", folder / "base", "--data", folder / "rows.jsonl",
+        "--out", folder / "out",
         "--steps", 5, "--dtype", "fp32", "--sample-prompt", HOSTILE, "--sample-tokens", 4,
         "--report",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
     assert "report.html" in result.output
     return folder / "out"
 
@@ -63,8 +58,7 @@ def test_a_resumed_run_shows_every_step(tmp_path):
     """The page of the rest of a run has the losses of all of it."""
     inputs, out = save_inputs(tmp_path), tmp_path / "out"
     stop(inputs, out, 3, eval_every=2)
-    result = _run("--out", out, "--resume", "--report")
-    assert result.exit_code == 0, result.output
+    cli_cases.run("finetune", "--out", out, "--resume", "--report")
     losses = re.search(r"<svg.*?</svg>", (out / "report.html").read_text(), re.DOTALL).group()
     lines = re.findall(r'<path d="([^"]*)" clip-path', losses)
     points = [len(re.findall("[ML]", line)) for line in lines]
@@ -96,7 +90,6 @@ def test_followers_hear_of_steps_and_held_out_losses(tmp_path, monkeypatch):
 
 
 def test_what_is_not_installed_is_refused_before_any_work(out, tmp_path):
-    result = _run("--base", tmp_path, "--data", tmp_path, "--out", tmp_path / "x",
-                  "--report-to", "no_such_service")  # fmt: skip
-    assert result.exit_code == 2
-    assert "report_to: expected what is installed here" in " ".join(result.output.split())
+    line = cli_cases.error("finetune", "--base", tmp_path, "--data", tmp_path,
+                           "--out", tmp_path / "x", "--report-to", "no_such_service")  # fmt: skip
+    assert "report_to: expected what is installed here" in line

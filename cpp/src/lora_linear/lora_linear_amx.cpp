@@ -12,7 +12,6 @@
 // a ragged reduction, bias, the rounding to the output's type) is the vector kernel's, which meets
 // the tiles in 32 x 64 sums in L1. Sums are fp32 in the order of the steps, whatever the threads.
 #include <immintrin.h>
-#include <string.h>
 
 #include "lora_linear_impl.h"
 
@@ -22,6 +21,7 @@ namespace {
 constexpr int kTile = 16;  // rows, lanes and units of a tile
 constexpr int kBlockRows = 2 * kTile;
 constexpr int kUnitBytes = 4;
+constexpr int64_t kStepBytes = kTile * kUnitBytes;  // of a row of activations
 constexpr int64_t kPanelRowBytes = kPanelLanes * kUnitBytes;
 constexpr int64_t kLeastRows = 4;  // fewer are as fast in vectors
 
@@ -65,7 +65,7 @@ void multiply_steps(const char* in, int64_t stride, const char* panel, int64_t s
     _tile_zero(3);
   }
   for (int64_t step = 0; step < steps; ++step) {
-    const char* left = in + step * kTile * kUnitBytes;
+    const char* left = in + step * kStepBytes;
     const char* right = panel + step * kTile * kPanelRowBytes;
     _tile_loadd(6, right, kPanelRowBytes);
     _tile_loadd(4, left, stride);
@@ -152,7 +152,7 @@ void multiply_amx(const PanelProduct& p) {
     rest.first_in = nullptr;
     rest.load_partial = true;
     rest.units = tail;
-    rest.in = in + steps * kTile * kUnitBytes;
+    rest.in = in + steps * kStepBytes;
     rest.panel = panel + steps * kTile * kPanelRowBytes;
     vectors.multiply(rest);
   }

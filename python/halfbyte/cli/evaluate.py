@@ -117,8 +117,8 @@ def collect(
 ) -> dict[str, Any]:
     """All results as plain values: loss, perplexity, tokens, sequences; tasks."""
     from halfbyte.cli.generate import check_dtype
-    from halfbyte.cli.models import load_model, open_base
-    from halfbyte.finetune.base import load_tokenizer
+    from halfbyte.cli.models import load_model
+    from halfbyte.finetune.base import load_tokenizer, open_base
     from halfbyte.integrations.evaluation import harness, held_out_loss
 
     check_dtype(dtype)

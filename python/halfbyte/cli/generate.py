@@ -43,7 +43,7 @@ def command(
 
     Example: halfbyte generate --base my-model --adapter tuned=run/adapter --prompt "Hello"
     """
-    from halfbyte.cli.models import load_model, named_adapters, open_base, quiet, user_errors
+    from halfbyte.cli.models import load_model, named_adapters, quiet, user_errors
 
     with user_errors():
         adapters = named_adapters(adapter or [])
@@ -51,7 +51,7 @@ def command(
         if seed < 0:
             raise FinetuneError(f"--seed: expected 0 or more, got {seed}")
         with quiet():
-            from halfbyte.finetune.base import load_tokenizer
+            from halfbyte.finetune.base import load_tokenizer, open_base
             from halfbyte.integrations.chat import Chat, Sampling
 
             sampling = Sampling(max_new_tokens, temperature, top_p, seed)

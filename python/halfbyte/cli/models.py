@@ -89,13 +89,6 @@ def named_adapters(arguments: list[str]) -> dict[str, Path]:
     return found
 
 
-def open_base(path: Path) -> Base:
-    """The base on disk, checked."""
-    from halfbyte.finetune import base as bases
-
-    return bases.open_base(path)
-
-
 def load_model(
     base: Base, adapters: dict[str, Path], dtype: str, block_size: int | None, dense: bool = False
 ) -> PreTrainedModel:
@@ -109,13 +102,14 @@ def load_model(
     from halfbyte.finetune.plan import compute_dtype
     from halfbyte.integrations.transformers import NF4Config
 
-    packing = None
-    if not base.is_packed:
-        skip = bases.linear_names(base.opened.config)[0] if dense else None
-        packing = NF4Config(block_size=block_size or 64, skip_modules=skip)
-    elif dense or block_size is not None:
+    kind = compute_dtype(dtype)
+    if base.is_packed and (dense or block_size is not None):
         raise FinetuneError(f"base {base.source}: is quantized already and keeps its format")
-    model = bases.load_model(base, compute_dtype(dtype), packing)
+    if dense:
+        model = bases.load_dense(base, kind)
+    else:
+        packing = None if base.is_packed else NF4Config(block_size=block_size or 64)
+        model = bases.load_model(base, kind, packing)
     for name, path in adapters.items():
         try:
             if isinstance(model, PeftModel):

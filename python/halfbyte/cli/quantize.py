@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -170,9 +169,8 @@ def save_calibrated(
 ) -> int:
     """Saves the calibrated model and its tokenizer in `folder`; the dense model's bytes."""
     from halfbyte.cli.models import quiet
-    from halfbyte.integrations.calibrate import calibrate_model, load_dense
-    from halfbyte.integrations.gguf_models import GgufModel
-    from halfbyte.integrations.packed_folder import _TOKENIZER_FILES
+    from halfbyte.integrations.calibrate import calibrate_model
+    from halfbyte.integrations.streaming import load_dense
 
     with quiet():
         model = load_dense(opened.path, options["dtype"])
@@ -180,12 +178,7 @@ def save_calibrated(
         with progress_bar(console, "calibrating", of_layers=True) as report:
             calibrate_model(model, windows, config=config, progress=report)
         model.save_pretrained(folder)
-        if isinstance(opened, GgufModel):
-            opened.tokenizer().save_pretrained(folder)
-            return bytes_before
-    for name in _TOKENIZER_FILES:
-        if (opened.path / name).is_file():
-            shutil.copyfile(opened.path / name, folder / name)
+    opened.save_tokenizer(folder)
     return bytes_before
 
 

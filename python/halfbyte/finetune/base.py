@@ -81,6 +81,11 @@ def open_base(path: Path) -> Base:
     if type(base.opened.config) not in AutoModelForCausalLM._model_mapping:
         kind = base.opened.config.model_type
         raise FinetuneError(f"base {path}: expected a causal language model, got {kind!r}")
+    if not base.is_packed and getattr(base.opened.config, "quantization_config", None) is not None:
+        raise FinetuneError(
+            f"base {path}: expected 16- or 32-bit weights or packed 4-bit ones, got a quantized "
+            "model"
+        )
     return base
 
 
@@ -90,10 +95,14 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         return base.opened.tokenizer()
 
 
-def linear_names(config: PretrainedConfig) -> tuple[list[str], str | None]:
-    """(names of all linear layers but the head, name of the head), from a model without weights."""
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense model on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def linear_names(model: PreTrainedModel) -> tuple[list[str], str | None]:
+    """(names of all linear layers but the head, name of the head)."""
     head = model.get_output_embeddings()
     names = {name: module for name, module in model.named_modules()}
     linear = [
@@ -102,13 +111,6 @@ def linear_names(config: PretrainedConfig) -> tuple[list[str], str | None]:
         if isinstance(module, torch.nn.Linear) and module is not head
     ]
     return linear, next((name for name, module in names.items() if module is head), None)
-
-
-def parameter_count(config: PretrainedConfig) -> int:
-    """Of the model without adapters; tied weights once."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_targets(targets: tuple[str, ...], linear: list[str], head: str | None) -> None:
@@ -130,6 +132,12 @@ def load_model(base: Base, dtype: torch.dtype, config: NF4Config | None = None) 
     is mapped. Raises FinetuneError for whatever does not fit."""
     with _plain_errors(base.source):
         return streaming.load_model(base.source, dtype=dtype, config=config)
+
+
+def load_dense(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with no layer packed. Raises FinetuneError for whatever does not fit."""
+    with _plain_errors(base.source):
+        return streaming.load_dense(base.source, dtype)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     train: EncodedRows
     held_out: EncodedRows | None
-    head: str | None
+    parameters: int
     dtype: torch.dtype
     prompt: str
 
@@ -44,7 +44,8 @@ def check(config: FinetuneConfig, report: Report) -> Plan:
     base = bases.open_base(config.base)
     _check_packing(base, config)
     model_config = base.opened.config
-    linear, head = bases.linear_names(model_config)
+    model = bases.without_weights(model_config)
+    linear, head = bases.linear_names(model)
     bases.check_targets(config.target_modules, linear, head)
     tokenizer = bases.load_tokenizer(base)
     prepare_tokenizer(tokenizer)
@@ -62,7 +63,14 @@ def check(config: FinetuneConfig, report: Report) -> Plan:
         report.fact("", _describe(held_out, "held-out"))
     prompt = config.sample_prompt or _first_prompt(held_out_rows or train_rows)
     return Plan(
-        config, base, tokenizer, train_set, held_out, head, compute_dtype(config.dtype), prompt
+        config,
+        base,
+        tokenizer,
+        train_set,
+        held_out,
+        model.num_parameters(),
+        compute_dtype(config.dtype),
+        prompt,
     )
 
 
@@ -103,7 +111,7 @@ def _check_out(config: FinetuneConfig) -> None:
 
 
 def _check_report_to(config: FinetuneConfig) -> None:
-    there = get_available_reporting_integrations()
+    there = get_available_reporting_integrations() if config.report_to else []
     for name in config.report_to:
         if name not in there:
             raise FinetuneError(

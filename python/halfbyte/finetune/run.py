@@ -63,7 +63,7 @@ from halfbyte.finetune.plan import RESULT_FILES, Plan, check
 from halfbyte.finetune.report import Report, SampleAnswers, format_bytes
 from halfbyte.finetune.saving import Saver
 from halfbyte.finetune.trainer import CheckpointCallback, CompletionTrainer, MetricsCallback
-from halfbyte.integrations.calibrate import calibrate_model, load_dense, row_windows
+from halfbyte.integrations.calibrate import calibrate_model, row_windows
 from halfbyte.integrations.layer_streaming import stream_layers
 from halfbyte.integrations.transformers import NF4Config
 from halfbyte.optim import AdamW8bit, PagedAdamW8bit
@@ -115,13 +115,13 @@ def load(plan: Plan, report: Report) -> PeftModel:
         )
         if config.calibrate:
             report.stage("calibrating the 4-bit base on the training rows")
-            model = load_dense(plan.base.source, plan.dtype)
+            model = bases.load_dense(plan.base, plan.dtype)
             windows = row_windows(sample.input_ids for sample in plan.train.samples)
             calibrate_model(model, windows, config=packing)
         else:
             report.stage("reading the base model and packing it to 4 bits")
             model = bases.load_model(plan.base, plan.dtype, packing)
-    dense = bases.parameter_count(model.config) * plan.dtype.itemsize
+    dense = plan.parameters * plan.dtype.itemsize
     packed = _bytes_of(model)
     set_seed(config.seed)
     model = peft.get_peft_model(

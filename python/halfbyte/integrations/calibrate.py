@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +26,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import halfbyte
 from halfbyte.calibrate import DAMPING, SWEEPS, InputMoments, quantize_calibrated
-from halfbyte.integrations import streaming
 from halfbyte.integrations.transformers import NF4Config, NF4Quantizer
 from halfbyte.nn import NF4Linear, _check_names, _linear_layers, _move_hooks
 
@@ -387,12 +385,4 @@ def calibrate_model(
     model.config.quantization_config = settings
     model.quantization_method = settings.quant_method
     model.is_quantized = True
-    return model
-
-
-def load_dense(source: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model at `source`, a Hugging Face folder or a GGUF file, with all its layers dense; what
-    `calibrate_model` takes. Raises ModelFileError as `streaming.load_model` does."""
-    model = streaming.load_model(source, dtype=dtype, config=NF4Config(skip_modules=[".+"]))
-    model.hf_quantizer.remove_quantization_config(model)
     return model

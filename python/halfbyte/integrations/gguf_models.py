@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -189,6 +190,9 @@ class GgufModel:
             return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
         except Exception as error:  # whatever class the tokenizers' builders raise
             raise ModelFileError(f"{self.path}: tokenizer: cannot be built: {error!r}") from None
+
+    def save_tokenizer(self, folder: Path) -> None:
+        self.tokenizer().save_pretrained(folder)
 
 
 def _halves_apart(rows: torch.Tensor, size: int, inner: int) -> torch.Tensor:

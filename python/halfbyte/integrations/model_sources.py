@@ -9,6 +9,7 @@ packed weights.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,18 @@ from halfbyte.integrations.safetensors_files import (
 )
 from halfbyte.nf4_weight import NF4Weight
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+)
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4|int4)")
 
 
@@ -123,6 +136,12 @@ class FolderModel:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Its files as they are."""
+        for name in _TOKENIZER_FILES:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
 
 
 def open_model(path: str | Path) -> FolderModel | GgufModel:

@@ -54,18 +54,6 @@ from halfbyte.nn import NF4Linear
 SHARD_BYTES = 5 * 10**9
 _ALIGNMENT = 64
 _LONGEST_NUMBER = 24  # characters of a float in JSON: -1.2345678901234567e-308
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-)
 
 
 @dataclass
@@ -350,10 +338,8 @@ def _write_config(
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     model.config.save_pretrained(folder)
+    opened.save_tokenizer(folder)
     if isinstance(opened, GgufModel):
-        opened.tokenizer().save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
-        return
-    for name in (*_TOKENIZER_FILES, "generation_config.json"):
-        if (opened.path / name).is_file():
-            shutil.copyfile(opened.path / name, folder / name)
+    elif (stored := opened.path / "generation_config.json").is_file():
+        shutil.copyfile(stored, folder / stored.name)

@@ -39,7 +39,7 @@ from halfbyte.integrations.transformers import NF4Config
 from halfbyte.nf4_weight import NF4Weight, quantize_4bit
 from halfbyte.nn import NF4Linear
 
-__all__ = ["load_model", "stream_layers"]
+__all__ = ["load_dense", "load_model", "stream_layers"]
 
 THREADS = 2
 Progress = Callable[[int, int, str], None]
@@ -83,6 +83,13 @@ def load_model(
         opened.ask_for_statistics()
     run_all(names, _Mover(model, opened, mapped), opened.nbytes, threads, progress)
     finish(model, quantizer, opened)
+    return model
+
+
+def load_dense(source: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """`load_model` of a dense folder or a GGUF file with all its layers left dense."""
+    model = load_model(source, dtype=dtype, config=NF4Config(skip_modules=[".+"]))
+    model.hf_quantizer.remove_quantization_config(model)
     return model
 
 
